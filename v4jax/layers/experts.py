@@ -1,0 +1,118 @@
+"""Mixture of experts (report 2.1): dispatch by expert, grouped SwiGLU, collect; shared expert.
+
+    y = sum_k w_k Down_e( silu(min(G_e x, L)) * clip(U_e x, -L, L) ) + shared(x)
+
+G and U are the first and second half of gate_up_proj [E, 2F, D]'s rows; L is swiglu_limit
+(report 4.2.3: the gate is capped from above only). SwiGLU and the sum over experts are float32.
+No capacity, no token dropped. Departures: none (the first release built the shared expert without
+the clamp: `shared_expert_swiglu_limit`).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kernels_pallas import expert_matmul
+from v4jax.config import ModelConfig
+from v4jax.layers.context import Context
+from v4jax.layers.parameter import Linear, parameter
+from v4jax.layers.router import Router
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights, and the SwiGLU over tokens sorted by expert."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        e, d, f = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
+        self.gate_up_proj = parameter(
+            cfg, rngs, "matrix", (e, 2 * f, d), ("experts", "expert_hidden", "embed")
+        )
+        self.down_proj = parameter(
+            cfg, rngs, "matrix", (e, d, f), ("experts", "embed", "expert_hidden")
+        )
+        self.limit = cfg.swiglu_limit
+
+    def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        """x [P, D], ids int32 [P, K], weights float32 [P, K] -> float32 [P, D]."""
+        tokens, k = ids.shape
+        flat = ids.reshape(-1)
+        order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # expert-sorted -> (token, k)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(tokens * k, dtype=jnp.int32))
+        sizes = jnp.sum(jax.nn.one_hot(flat, self.down_proj.shape[0], dtype=jnp.int32), axis=0)
+        rows = dispatch(x, order, place.reshape(tokens, k))
+        gate_up = expert_matmul(rows, self.gate_up_proj[...].astype(x.dtype), sizes)
+        hidden = swiglu(*jnp.split(gate_up, 2, axis=-1), self.limit).astype(x.dtype)
+        y = expert_matmul(hidden, self.down_proj[...].astype(x.dtype), sizes)
+        y = collect(y, place.reshape(tokens, k), order)  # [P K D]
+        return jnp.einsum("PKD,PK->PD", y.astype(jnp.float32), weights)
+
+
+def swiglu(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
+    """silu(min(gate, limit)) * clip(up, -limit, limit) in float32; None: no clamp."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up
+
+
+@jax.custom_vjp
+def dispatch(x: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """Token rows sorted by expert: x [P, D] -> [P*K, D]; `place` [P, K] inverts `order` [P*K].
+
+    Its gradient is `collect` summed over K: two gathers, no scatter.
+    """
+    return x[order // place.shape[1]]
+
+
+def _dispatch_backward(residuals, g):
+    place = residuals
+    return jnp.sum(g[place], axis=1), None, None
+
+
+dispatch.defvjp(lambda x, order, place: (dispatch(x, order, place), place), _dispatch_backward)
+
+
+@jax.custom_vjp
+def collect(y: jax.Array, place: jax.Array, order: jax.Array) -> jax.Array:
+    """Rows back at their tokens: y [P*K, D] -> [P, K, D]."""
+    return y[place]
+
+
+collect.defvjp(
+    lambda y, place, order: (y[place], order),
+    lambda order, g: (g.reshape(-1, g.shape[-1])[order], None, None),
+)
+
+
+class SharedExpert(nnx.Module):
+    """The expert that every token visits, weight 1."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        d, f = cfg.hidden_size, cfg.moe_intermediate_size
+        self.gate_proj = Linear(cfg, rngs, d, f, ("hidden", "embed"))
+        self.up_proj = Linear(cfg, rngs, d, f, ("hidden", "embed"))
+        self.down_proj = Linear(cfg, rngs, f, d, ("embed", "hidden"))
+        self.limit = cfg.swiglu_limit if cfg.shared_expert_swiglu_limit else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D] in x's dtype."""
+        hidden = swiglu(self.gate_proj(x), self.up_proj(x), self.limit)
+        return self.down_proj(hidden.astype(x.dtype))
+
+
+class MoE(nnx.Module):
+    """Router, routed experts and the shared expert; `kind` is "moe" or "hash_moe"."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, kind: str, table: np.ndarray | None):
+        self.gate = Router(cfg, rngs, kind, table)
+        self.experts = Experts(cfg, rngs)
+        self.shared_experts = SharedExpert(cfg, rngs)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
+        """x [B, T, D], normed -> [B, T, D] in x's dtype, and the router's aux."""
+        ids, weights, aux = self.gate(x, ctx)
+        k = ids.shape[-1]
+        routed = self.experts(x.reshape(-1, x.shape[-1]), ids.reshape(-1, k), weights.reshape(-1, k))
+        y = routed.reshape(x.shape) + self.shared_experts(x).astype(jnp.float32)
+        return y.astype(x.dtype), aux

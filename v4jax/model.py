@@ -1,0 +1,207 @@
+"""DeepSeek-V4: embed -> layers over M residual streams -> stream head -> logits; MTP beside.
+
+The page to read first. `Transformer(cfg, rngs=nnx.Rngs(0))(tokens)` is the whole forward pass.
+Weights are float32 and nothing is fake-quantized unless `v4jax.quantization.quantized` is asked.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from v4jax.config import ModelConfig
+from v4jax.layers.block import Block
+from v4jax.layers.context import Context, IndexFormats, make_context
+from v4jax.layers.hyper_connections import StreamHead
+from v4jax.layers.mtp import MTP
+from v4jax.layers.parameter import Linear, RMSNorm, parameter
+from v4jax.layers.router import RouterBias, hash_table
+
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    logits: float32 [B, T, V]; row t predicts token t+1.
+    mtp_logits: float32 [B, T-1, V]; row t predicts token t+2. None without MTP.
+    aux: {"layers": a tuple with a dict for each layer, "mtp": the MTP block's dict or None}. A
+        dict holds `expert_load` [E], `balance_loss` (top-k layers), `index_loss` (CSA layers)
+        and, where collected, `streams`, `expert_ids` and `index`.
+    """
+
+    logits: jax.Array
+    mtp_logits: jax.Array | None
+    aux: dict[str, Any]
+
+
+class Embedding(nnx.Module):
+    """Token embedding [V, D], not scaled."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        shape = (cfg.vocab_size, cfg.hidden_size)
+        self.weight = parameter(cfg, rngs, "matrix", shape, ("vocab", "embed"))
+
+
+class Transformer(nnx.Module):
+    """A DeepSeek-V4 language model.
+
+    dtype: what matmuls and residual streams compute in; the parameters are float32 always, and
+    so is what the release keeps in float32 (hyper-connection coefficients, norms, routers,
+    compressor softmax, attention softmax, index scores, logits).
+    token_counts: [V] how often training sees each token, to balance the hash layers over; None
+    balances over ids.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        token_counts: np.ndarray | None = None,
+        hash_seed: int = 0,
+    ):
+        self.config, self.dtype = cfg, jnp.dtype(dtype)
+        self.index_formats = IndexFormats()
+        counts = np.ones(cfg.vocab_size) if token_counts is None else token_counts
+        prefix, unit, repeats = cfg.schedule
+
+        def block(layer: int, rngs: nnx.Rngs) -> Block:
+            attention, mlp = cfg.layers[layer]
+            table = None
+            if mlp == "hash_moe":
+                table = hash_table(
+                    hash_seed + layer, counts, cfg.n_routed_experts, cfg.num_experts_per_tok
+                )
+            return Block(cfg, rngs, attention, mlp, table)
+
+        self.embed_tokens = Embedding(cfg, rngs)
+        self.layers = nnx.List([block(i, rngs) for i in range(prefix)])
+        self.units = nnx.List([_stacked(block, prefix + j, repeats, rngs) for j in range(unit)])
+        self.hc_head = StreamHead(cfg, rngs)
+        self.norm = RMSNorm(cfg, rngs, cfg.hidden_size)
+        self.lm_head = Linear(cfg, rngs, cfg.hidden_size, cfg.vocab_size, ("vocab", "embed"))
+        if cfg.num_nextn_predict_layers:
+            self.mtp = MTP(cfg, rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        dense_index: jax.Array | bool = False,
+        collect: bool = False,
+    ) -> Output:
+        """tokens: int32 [B, T]. segment_ids: int32 [B, T], one id a packed sample, 0 = padding.
+
+        With segment ids nothing crosses a sample's border: the result equals running the samples
+        apart. dense_index: CSA attends to every visible entry (the indexer's dense stage).
+        collect: keep what analysis reads in aux.
+        """
+        ctx = make_context(
+            self.config,
+            tokens,
+            segment_ids,
+            index_formats=self.index_formats,
+            dense_index=dense_index,
+            collect=collect,
+        )
+        embedded = self.embed_tokens.weight[...].astype(self.dtype)[tokens]
+        streams = (embedded,) * self.config.hc_mult
+        layers_aux = []
+        for block in self.layers:
+            streams, aux = _remat(self.config, lambda s, b=block: b(s, ctx))(streams)
+            layers_aux.append(aux)
+        if self.units:
+            streams, stacked = self._scan_units(streams, ctx)
+            for i in range(self.config.schedule[2]):
+                layers_aux.extend(jax.tree.map(lambda a, i=i: a[i], aux) for aux in stacked)
+        logits = self._logits(self.norm(self.hc_head(streams)))
+        mtp_logits, mtp_aux = None, None
+        if self.config.num_nextn_predict_layers:
+            x, mtp_aux = self.mtp(streams, embedded, ctx)
+            mtp_logits = self._logits(x[:, :-1])
+        return Output(logits, mtp_logits, {"layers": tuple(layers_aux), "mtp": mtp_aux})
+
+    def _scan_units(self, streams, ctx: Context):
+        """Runs the stacked unit `repeats` times; aux: a tuple with stacked leaves for each layer."""
+        graphdef, state = nnx.split(self.units)
+
+        def body(streams, state):
+            aux = []
+            for block in nnx.merge(graphdef, state):
+                streams, block_aux = _remat(self.config, lambda s, b=block: b(s, ctx))(streams)
+                aux.append(block_aux)
+            return streams, tuple(aux)
+
+        return jax.lax.scan(body, streams, state)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """float32 [..., V] of x [..., D]: the release keeps the head in float32."""
+        return self.lm_head(x.astype(jnp.float32))
+
+
+def _stacked(block, layer: int, repeats: int, rngs: nnx.Rngs) -> Block:
+    """`repeats` blocks like layer `layer`, every leaf with a leading axis."""
+    split = nnx.split_rngs(splits=repeats)
+    make = nnx.vmap(lambda rngs: block(layer, rngs), in_axes=0, out_axes=0)
+    return split(make)(rngs)
+
+
+def _remat(cfg: ModelConfig, f):
+    """Applies the configured rematerialisation policy to a block."""
+    if cfg.remat == "none":
+        return f
+    policy = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[cfg.remat]
+    return jax.checkpoint(f, policy=policy, prevent_cse=not cfg.scan_layers)
+
+
+def abstract_model(cfg: ModelConfig) -> Transformer:
+    """The model with shapes in place of arrays: no memory, seconds even for `pro`."""
+    counts = np.ones(cfg.vocab_size)
+    return nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0), token_counts=counts))
+
+
+PARTS = (  # first match wins; the rows of architecture.md section 10
+    ("MTP module", "mtp/"),
+    ("embedding", "embed_tokens/"),
+    ("lm_head", "lm_head/"),
+    ("indexers", "/indexer/"),
+    ("compressors", "/compressor/"),
+    ("attention core", "/self_attn/"),
+    ("routers", "/gate/"),
+    ("routed experts", "/experts/"),
+    ("shared experts", "/shared_experts/"),
+    ("hyper-connections", "_hc/"),
+    ("stream head", "hc_head/"),
+    ("layer and final norms", "norm/"),
+)
+
+
+def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
+    """Parameters of each part and the totals, built abstractly."""
+    params, biases, _ = nnx.state(abstract_model(cfg), nnx.Param, RouterBias, ...)
+    counts = dict.fromkeys([name for name, _ in PARTS[1:]] + ["MTP module"], 0)
+    for state in (params, biases):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            path = jax.tree_util.keystr(path, simple=True, separator="/")
+            part = next(name for name, mark in PARTS if mark in path)
+            # A release stores the selection bias as a parameter; T counts the main layers' out.
+            if state is params or part == "MTP module":
+                counts[part] += math.prod(leaf.shape)
+    mtp = counts.pop("MTP module")
+    total = sum(counts.values())
+    routed = counts["routed experts"]
+    active = total - routed + routed * cfg.num_experts_per_tok // cfg.n_routed_experts
+    return counts | {
+        "total without MTP": total,
+        "active": active,
+        "active without the embedding table": active - counts["embedding"],
+        "MTP module": mtp,
+        "total with MTP": total + mtp,
+    }

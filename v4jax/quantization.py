@@ -1,0 +1,142 @@
+"""Which tensor gets which format: data (path pattern -> format), resolved and printed.
+
+The parameter tree never changes. Weights are rounded as a whole, once a step, before the forward
+pass (`quantize_params`), so neither remat nor microbatches see the rounding, and the gradient with
+respect to the rounded weights goes straight to the float32 masters (report 5.2.1). The indexer's
+query and key are rounded where they arise; their pseudo-paths are `activations/...`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from v4jax.layers.context import IndexFormats
+from v4jax.model import Transformer
+from v4jax.numerics import FORMATS, Format, bytes_of, fake_quantize
+
+ACTIVATIONS = ("activations/index_query", "activations/index_key", "activations/index_scores")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Ordered (regex, format name) rules; the first whose regex matches a whole path wins.
+
+    Paths are parameter paths, such as `layers/1/mlp/experts/down_proj`, and ACTIVATIONS. Format
+    names are those of `v4jax.numerics.FORMATS`, and "bf16" for activations/index_scores alone.
+    """
+
+    rules: tuple[tuple[str, str], ...] = ()
+
+
+EXPERTS = (r".*/experts/(gate_up|down)_proj", "mxfp4")
+INDEX_QK = (r"activations/index_(query|key)", "mxfp4")
+
+# The report's scope (5.2.1): routed experts, MTP's too, and the indexer's QK path.
+PAPER = Quantization((EXPERTS, INDEX_QK))
+# Every linear map but the embedding, the head and the routers, beside the report's scope.
+ALL_LINEARS = Quantization(
+    (
+        EXPERTS,
+        INDEX_QK,
+        (r".*/shared_experts/.*_proj/weight", "mxfp4"),
+        (r".*/self_attn/.*_proj/weight", "mxfp4"),
+        (r"mtp/[eh]_proj/weight", "mxfp4"),
+    )
+)
+SCOPES = {"paper": PAPER, "all_linears": ALL_LINEARS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A quantization over one model: parameter path -> format, and the indexer's formats."""
+
+    weights: Mapping[str, Format]
+    index: IndexFormats
+
+
+def flat_paths(params) -> dict[str, jax.Array]:
+    """Leaves of a parameter tree (nested dict or nnx.State) by path, joined with "/"."""
+    pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
+    leaves = jax.tree_util.tree_leaves_with_path(pure)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def resolve(quantization: Quantization, params) -> Resolved:
+    """Matches the rules to a model's parameters (arrays or shapes).
+
+    Raises ValueError, one line, for an unknown format, a pattern that matches nothing, or a
+    matrix whose shape its format cannot take.
+    """
+    paths = flat_paths(params)
+    has_index = any("/indexer/" in path for path in paths)
+    sites = [p for p, leaf in paths.items() if len(leaf.shape) >= 2]
+    sites += ACTIVATIONS if has_index else ()
+    chosen, used = {}, set()
+    for site in sites:
+        for pattern, name in quantization.rules:
+            if re.fullmatch(pattern, site):
+                chosen[site] = _format(pattern, name, site)
+                used.add(pattern)
+                break
+    for pattern, _ in quantization.rules:
+        if pattern not in used:
+            raise ValueError(f"Quantization.rules: pattern {pattern!r} matches no tensor")
+    for site, fmt in chosen.items():
+        if site not in ACTIVATIONS:
+            try:
+                fmt.scale_shape(paths[site].shape)
+            except ValueError as error:
+                raise ValueError(f"Quantization.rules: {site}: {error}") from None
+    index = IndexFormats(*(chosen.pop(site, None) for site in ACTIVATIONS))
+    return Resolved(chosen, index)
+
+
+def _format(pattern: str, name: str, site: str):
+    if site == "activations/index_scores":
+        if name != "bf16":
+            raise ValueError(f"Quantization.rules: {pattern!r}: index scores allow only bf16")
+        return name
+    if name not in FORMATS:
+        raise ValueError(
+            f"Quantization.rules: {pattern!r}: unknown format {name!r}, known: {', '.join(FORMATS)}"
+        )
+    return FORMATS[name]
+
+
+def quantize_params(params, weights: Mapping[str, Format]):
+    """The parameter tree with the chosen leaves fake-quantized, straight-through; others as is."""
+
+    def leaf(path, x):
+        fmt = weights.get(jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"))
+        return x if fmt is None else fake_quantize(x, fmt)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def quantized(model: Transformer, quantization: Quantization) -> Transformer:
+    """A copy of the model that computes in the given formats; the original is untouched."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    resolved = resolve(quantization, params)
+    copy = nnx.merge(graphdef, quantize_params(params, resolved.weights), rest)
+    copy.index_formats = resolved.index
+    return copy
+
+
+def table(resolved: Resolved, params) -> list[tuple[str, str, str, int, int]]:
+    """(path, shape, format, BF16 bytes, bytes in the format) for each quantized weight, and the
+    indexer's activations with zero bytes; what is not listed keeps the compute dtype."""
+    paths = flat_paths(params)
+    rows = [
+        (path, "x".join(map(str, paths[path].shape)), fmt.name, 2 * int(np.prod(paths[path].shape)),
+         bytes_of(paths[path].shape, fmt))
+        for path, fmt in resolved.weights.items()
+    ]
+    index = resolved.index
+    for site, fmt in zip(ACTIVATIONS, (index.query, index.key, index.scores), strict=True):
+        if fmt is not None:
+            rows.append((site, "", fmt if isinstance(fmt, str) else fmt.name, 0, 0))
+    return rows
