@@ -1,0 +1,29 @@
+"""What every test process starts with; this file is imported before anything can touch a device.
+
+Eight host devices, so that sharding is tested as it is: on more than one device. XLA's compilation
+cache lies in .cache/jax of the repository (JAX_COMPILATION_CACHE_DIR names another place) and is
+shared by pytest's workers and by the processes that tests start: those inherit the environment, but
+not the number of devices.
+"""
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else two processes with libtpu abort
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(CACHE / "hypothesis"))
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# The first example of a shape compiles, so a deadline would measure XLA; failures must repeat.
+hypothesis.settings.register_profile("v4jax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("v4jax")
