@@ -1,0 +1,1 @@
+"""Training: data, optimizer, schedule, checkpoints, metrics and the loop that joins them."""
