@@ -25,6 +25,7 @@ LEVELS: dict[str, tuple[int, set[str] | None]] = {
     "v4jax.training": (7, None),
     "v4jax.inference": (7, None),
     "v4jax.interop": (7, None),
+    "v4jax.analysis": (8, None),
     "experiments": (9, None),
     "launch": (9, set()),
     "v4jax": (8, set()),  # v4jax/__init__.py: a lazy table of names, imports nothing

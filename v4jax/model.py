@@ -14,7 +14,7 @@ from flax import nnx
 
 from v4jax.config import ModelConfig
 from v4jax.layers.block import Block
-from v4jax.layers.context import Context, IndexFormats, make_context
+from v4jax.layers.context import UNROUNDED, Context, make_context
 from v4jax.layers.hyper_connections import StreamHead
 from v4jax.layers.mtp import MTP
 from v4jax.layers.parameter import Linear, RMSNorm, parameter
@@ -59,12 +59,12 @@ class Transformer(nnx.Module):
         cfg: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         token_counts: np.ndarray | None = None,
         hash_seed: int = 0,
     ):
         self.config, self.dtype = cfg, jnp.dtype(dtype)
-        self.index_formats = IndexFormats()
+        self.index_formats = UNROUNDED
         counts = np.ones(cfg.vocab_size) if token_counts is None else token_counts
         prefix, unit, repeats = cfg.schedule
 
@@ -126,7 +126,7 @@ class Transformer(nnx.Module):
         return Output(logits, mtp_logits, {"layers": tuple(layers_aux), "mtp": mtp_aux})
 
     def _scan_units(self, streams, ctx: Context):
-        """Runs the stacked unit `repeats` times; aux: a tuple with stacked leaves for each layer."""
+        """Runs the unit `repeats` times; aux: for each of its layers a dict of stacked leaves."""
         graphdef, state = nnx.split(self.units)
 
         def body(streams, state):

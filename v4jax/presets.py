@@ -3,6 +3,8 @@
 `nano` is the demo's, `small` fits one GPU, `flash` and `pro` are the released shapes.
 """
 
+import dataclasses
+
 from v4jax.config import CSA, HCA, SLIDING, CompressRates, ModelConfig, RopeScaling
 
 
@@ -31,6 +33,19 @@ def nano(vocab_size: int = 2048) -> ModelConfig:
         n_routed_experts=8,
         num_experts_per_tok=2,
         compress_rates=CompressRates(4, 32),
+    )
+
+
+def shallow(cfg: ModelConfig) -> ModelConfig:
+    """`cfg` cut to one CSA and one HCA layer and windows of a few tokens: for smoke tests."""
+    return dataclasses.replace(
+        cfg,
+        layer_types=(CSA, HCA),
+        mlp_layer_types=("hash_moe", "moe"),
+        compress_rates=CompressRates(4, 16),
+        sliding_window=16,
+        index_topk=8,
+        scan_layers=False,
     )
 
 

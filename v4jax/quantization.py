@@ -32,21 +32,18 @@ class Quantization:
     rules: tuple[tuple[str, str], ...] = ()
 
 
-EXPERTS = (r".*/experts/(gate_up|down)_proj", "mxfp4")
-INDEX_QK = (r"activations/index_(query|key)", "mxfp4")
-
+NO_QUANTIZATION = Quantization()
+PARTS = {
+    "routed experts": (r".*/experts/(gate_up|down)_proj", "mxfp4"),
+    "index query and key": (r"activations/index_(query|key)", "mxfp4"),
+    "shared experts": (r".*/shared_experts/.*_proj/weight", "mxfp4"),
+    "attention": (r".*/self_attn/.*_proj/weight", "mxfp4"),
+    "MTP projections": (r"mtp/[eh]_proj/weight", "mxfp4"),
+}
 # The report's scope (5.2.1): routed experts, MTP's too, and the indexer's QK path.
-PAPER = Quantization((EXPERTS, INDEX_QK))
-# Every linear map but the embedding, the head and the routers, beside the report's scope.
-ALL_LINEARS = Quantization(
-    (
-        EXPERTS,
-        INDEX_QK,
-        (r".*/shared_experts/.*_proj/weight", "mxfp4"),
-        (r".*/self_attn/.*_proj/weight", "mxfp4"),
-        (r"mtp/[eh]_proj/weight", "mxfp4"),
-    )
-)
+PAPER = Quantization((PARTS["routed experts"], PARTS["index query and key"]))
+# Beside it every other linear map but the head, the routers and the hyper-connections.
+ALL_LINEARS = Quantization(tuple(PARTS.values()))
 SCOPES = {"paper": PAPER, "all_linears": ALL_LINEARS}
 
 
@@ -107,12 +104,17 @@ def _format(pattern: str, name: str, site: str):
     return FORMATS[name]
 
 
+_round = jax.jit(fake_quantize, static_argnums=1)  # eager calls share a compilation by shape
+
+
 def quantize_params(params, weights: Mapping[str, Format]):
     """The parameter tree with the chosen leaves fake-quantized, straight-through; others as is."""
 
     def leaf(path, x):
-        fmt = weights.get(jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"))
-        return x if fmt is None else fake_quantize(x, fmt)
+        fmt = weights.get(
+            jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        )
+        return x if fmt is None else _round(x, fmt)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -131,8 +133,13 @@ def table(resolved: Resolved, params) -> list[tuple[str, str, str, int, int]]:
     indexer's activations with zero bytes; what is not listed keeps the compute dtype."""
     paths = flat_paths(params)
     rows = [
-        (path, "x".join(map(str, paths[path].shape)), fmt.name, 2 * int(np.prod(paths[path].shape)),
-         bytes_of(paths[path].shape, fmt))
+        (
+            path,
+            "x".join(map(str, paths[path].shape)),
+            fmt.name,
+            2 * int(np.prod(paths[path].shape)),
+            bytes_of(paths[path].shape, fmt),
+        )
         for path, fmt in resolved.weights.items()
     ]
     index = resolved.index

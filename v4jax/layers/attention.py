@@ -12,6 +12,8 @@ from the token that closes its window onward, also while its tokens are in the s
 Departures from the report: none.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -40,8 +42,8 @@ class Attention(nnx.Module):
         if kind != SLIDING:
             rate = getattr(cfg.compress_rates, kind)
             self.compressor = Compressor(cfg, rngs, rate, h, overlap=kind == CSA, axis="kv")
-        if kind == CSA:
-            self.compressor.indexer = Indexer(cfg, rngs)
+        if kind == CSA:  # below the compressor, as in the checkpoints' names
+            self.compressor.indexer = Indexer(cfg, rngs)  # type: ignore[attr-defined]
         self.kind, self.config = kind, cfg
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
@@ -55,14 +57,16 @@ class Attention(nnx.Module):
         q = rope.rotate(rms_normalize(q, cfg.rms_norm_eps).astype(x.dtype), heads)
         kv = rope.rotate(self.kv_norm(self.kv_proj(x)), (cos, sin))
 
-        aux, entries, attended, scores = {}, None, None, None
+        aux: dict[str, Any] = {}
+        entries, attended, scores = None, None, None
         windows = ctx.windows.get(self.kind)
         if windows is not None:
             entries = self.compressor.entries(x, windows, ctx.entry_rotary[self.kind])
             attended = windows.visible(length, ctx.segment_ids)
             if self.kind == CSA:
-                operands = self.compressor.indexer.operands(x, q_latent, ctx)
-                scores = index_scores(*operands, ctx.index_formats)
+                indexer: Indexer = self.compressor.indexer  # type: ignore[attr-defined]
+                operands = indexer.operands(x, q_latent, ctx)
+                scores = index_scores(operands, ctx.index_formats)
                 chosen = select(scores, attended, cfg.index_topk)
                 if ctx.collect:
                     aux["index"] = {"operands": operands, "visible": attended, "chosen": chosen}
@@ -70,7 +74,7 @@ class Attention(nnx.Module):
         o, mass = attend(
             q, kv, self.sinks[...], cfg.sliding_window, ctx.segment_ids, entries, attended
         )
-        if scores is not None:
+        if scores is not None and attended is not None:
             aux["index_loss"] = index_loss(scores, mass, attended, ctx.valid)
         return self._output(rope.rotate(o, heads, inverse=True)), aux
 

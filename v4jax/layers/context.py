@@ -24,6 +24,9 @@ class IndexFormats:
     scores: str | None = None
 
 
+UNROUNDED = IndexFormats()
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """Shared by all layers of one forward pass.
@@ -69,7 +72,7 @@ def make_context(
     token_ids: jax.Array,
     segment_ids: jax.Array | None = None,
     *,
-    index_formats: IndexFormats = IndexFormats(),
+    index_formats: IndexFormats = UNROUNDED,
     dense_index: jax.Array | bool = False,
     collect: bool = False,
 ) -> Context:

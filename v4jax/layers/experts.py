@@ -42,7 +42,8 @@ class Experts(nnx.Module):
         sizes = jnp.sum(jax.nn.one_hot(flat, self.down_proj.shape[0], dtype=jnp.int32), axis=0)
         rows = dispatch(x, order, place.reshape(tokens, k))
         gate_up = expert_matmul(rows, self.gate_up_proj[...].astype(x.dtype), sizes)
-        hidden = swiglu(*jnp.split(gate_up, 2, axis=-1), self.limit).astype(x.dtype)
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        hidden = swiglu(gate, up, self.limit).astype(x.dtype)
         y = expert_matmul(hidden, self.down_proj[...].astype(x.dtype), sizes)
         y = collect(y, place.reshape(tokens, k), order)  # [P K D]
         return jnp.einsum("PKD,PK->PD", y.astype(jnp.float32), weights)
@@ -113,6 +114,8 @@ class MoE(nnx.Module):
         """x [B, T, D], normed -> [B, T, D] in x's dtype, and the router's aux."""
         ids, weights, aux = self.gate(x, ctx)
         k = ids.shape[-1]
-        routed = self.experts(x.reshape(-1, x.shape[-1]), ids.reshape(-1, k), weights.reshape(-1, k))
+        routed = self.experts(
+            x.reshape(-1, x.shape[-1]), ids.reshape(-1, k), weights.reshape(-1, k)
+        )
         y = routed.reshape(x.shape) + self.shared_experts(x).astype(jnp.float32)
         return y.astype(x.dtype), aux

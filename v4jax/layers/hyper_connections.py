@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from v4jax.config import ModelConfig
-from v4jax.layers.parameter import parameter, rms_normalize, stream_base
+from v4jax.layers.parameter import parameter, stream_base
 
 Streams = tuple[jax.Array, ...]
 
@@ -97,7 +97,9 @@ def _coefficients(streams: Streams, fn: jax.Array, eps: float) -> jax.Array:
 
 def _collapse(streams: Streams, a: jax.Array) -> jax.Array:
     """sum_i a_i X_i in float32, cast back: [B, T, D] from a [M, B, T]."""
-    x = sum(a[i][..., None] * s.astype(jnp.float32) for i, s in enumerate(streams))
+    x = jnp.zeros(streams[0].shape, jnp.float32)
+    for weight, stream in zip(a, streams, strict=True):
+        x += weight[..., None] * stream.astype(jnp.float32)
     return x.astype(streams[0].dtype)
 
 

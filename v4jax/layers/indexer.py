@@ -19,10 +19,11 @@ from flax import nnx
 from v4jax.config import CSA, ModelConfig
 from v4jax.layers import rope
 from v4jax.layers.compressor import Compressor
-from v4jax.layers.context import Context, IndexFormats
+from v4jax.layers.context import UNROUNDED, Context, IndexFormats
 from v4jax.layers.parameter import Linear
 from v4jax.numerics import Format, fake_quantize, hadamard
 
+Operands = tuple[jax.Array, jax.Array, jax.Array]
 MASKED = -1e30  # finite: with -inf, p * log(q) would be NaN where p is 0
 
 
@@ -37,7 +38,7 @@ class Indexer(Compressor):
         self.weights_proj = Linear(cfg, rngs, cfg.hidden_size, heads, ("index", "embed"))
         self.heads = heads
 
-    def operands(self, x: jax.Array, q_latent: jax.Array, ctx: Context):
+    def operands(self, x: jax.Array, q_latent: jax.Array, ctx: Context) -> Operands:
         """x [B, T, D], q_latent [B, T, R] -> q [B, T, I, J], k [B, C, J], w float32 [B, T, I].
 
         Both inputs are detached here: nothing of the indexer trains the main model.
@@ -51,8 +52,9 @@ class Indexer(Compressor):
         return q, k, w
 
 
-def index_scores(q, k, w, formats: IndexFormats = IndexFormats()) -> jax.Array:
+def index_scores(operands: Operands, formats: IndexFormats = UNROUNDED) -> jax.Array:
     """Scores float32 [B, T, C] of q [B, T, I, J], k [B, C, J], w [B, T, I]; see the module."""
+    q, k, w = operands
     q, k = _round_operand(q, formats.query), _round_operand(k, formats.key)
     products = jnp.einsum("BTIJ,BCJ->BTIC", q, k, preferred_element_type=jnp.float32)
     scores = jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(products), w) * q.shape[-1] ** -0.5
@@ -74,7 +76,9 @@ def select(scores: jax.Array, visible: jax.Array, top_k: int) -> jax.Array:
     """
     if top_k >= scores.shape[-1]:
         return visible
-    scores = jax.lax.stop_gradient(jnp.where(visible, jnp.where(scores == 0, 0.0, scores), -jnp.inf))
+    scores = jax.lax.stop_gradient(
+        jnp.where(visible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    )
     threshold = jax.lax.top_k(scores, top_k)[0][..., -1:]
     above, equal = scores > threshold, scores == threshold
     room = top_k - jnp.sum(above, axis=-1, keepdims=True)

@@ -53,8 +53,8 @@ class Router(nnx.Module):
             self.weight[...],
             precision=jax.lax.Precision.HIGHEST,
         )
-        scores = sqrtsoftplus(logits) if cfg.scoring_func == "sqrtsoftplus" else (
-            jax.nn.sigmoid(logits)
+        scores = (
+            sqrtsoftplus(logits) if cfg.scoring_func == "sqrtsoftplus" else (jax.nn.sigmoid(logits))
         )
         if self.kind == "hash_moe":
             ids = self.tid2eid[...][ctx.token_ids]

@@ -92,7 +92,7 @@ class Windows:
         """
         token = jnp.arange(length, dtype=jnp.int32)[:, None]
         seen = self.last[:, None] <= token
-        if segment_ids is not None:
+        if segment_ids is not None and self.segment is not None:
             seen &= self.segment[:, None] == segment_ids[..., None]
         return seen
 

@@ -1,0 +1,1 @@
+"""Experiments: one file a question. They compose the library and hold no machinery."""

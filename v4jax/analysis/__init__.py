@@ -1,0 +1,1 @@
+"""What the arms of an experiment show: measured, written down and drawn."""

@@ -1,0 +1,151 @@
+"""What FP4 cost and saved: every arm on the same held-out windows, as one report dict.
+
+`report.py` writes and draws what this measures.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from v4jax.analysis.evaluation import (
+    Evaluator,
+    Interval,
+    Paired,
+    bits_per_byte,
+    per_token,
+    recall_table,
+    router_agreement,
+)
+from v4jax.inference.generate import generate
+from v4jax.numerics import pack, quantize
+from v4jax.quantization import (
+    NO_QUANTIZATION,
+    PARTS,
+    SCOPES,
+    Quantization,
+    flat_paths,
+    quantize_params,
+    resolve,
+)
+from v4jax.training.run import Trainer, lossless_share
+from v4jax.training.switch import Arms
+
+PART_WINDOWS = 256  # of the gaps part by part
+CHOICE_WINDOWS = 64  # of recall and router agreement
+
+
+def compare(evaluator: Evaluator, arms: Arms) -> dict:
+    """The report's losses, intervals, recalls, agreements and bytes; see report.py for its keys.
+
+    The paper's scope stands at the top level, others under their names (None: not run).
+    """
+    windows, paired = evaluator.windows, Paired(evaluator.windows)
+    control = evaluator.nll(arms.control.params, arms.control.variables)
+    report: dict = {}
+    for scope, state in arms.qat.items():
+        quantization = SCOPES[scope]
+        ptq = evaluator.nll(arms.control.params, arms.control.variables, quantization)
+        qat = evaluator.nll(state.params, state.variables, quantization)
+        nlls = {"control": control, "ptq": ptq, "qat": qat}
+        closed = paired.gap_closed(control, ptq, qat)
+        found = {
+            "loss": {name: per_token(nll, windows) for name, nll in nlls.items()},
+            "bits_per_byte": {name: bits_per_byte(nll, windows) for name, nll in nlls.items()},
+            "ptq_minus_control": _interval(paired.difference(ptq, control)),
+            "qat_minus_control": _interval(paired.difference(qat, control)),
+            "qat_minus_ptq": _interval(paired.difference(qat, ptq)),
+            "ptq_gap_closed": closed and closed.mean,
+            "ptq_gap_closed_interval": closed and _interval(closed),
+            "gap_by_part": gap_by_part(evaluator, arms, quantization, PART_WINDOWS),
+        }
+        report |= found if scope == "paper" else {scope: found}
+    report |= selection(evaluator, arms, CHOICE_WINDOWS)
+    report["expert_bytes"] = expert_bytes(arms.qat["paper"].params)
+    lossless = lossless_share(SCOPES["paper"], arms.qat["paper"].params)
+    report["fp8_lossless_share"] = float(lossless(arms.qat["paper"].params))
+    return dict.fromkeys(set(SCOPES) - {"paper"}) | report
+
+
+def _interval(interval: Interval) -> dict[str, float]:
+    return dataclasses.asdict(interval)
+
+
+def gap_by_part(evaluator, arms: Arms, quantization: Quantization, count: int) -> dict:
+    """PTQ - control with one part alone in FP4, on the first `count` windows."""
+    paired = Paired(evaluator.windows, count)
+    control = arms.control
+    base = evaluator.nll(control.params, control.variables, count=count)
+    gaps = {}
+    for part, rule in PARTS.items():
+        if rule in quantization.rules and not rule[0].startswith("mtp/"):  # no part of this loss
+            nll = evaluator.nll(control.params, control.variables, Quantization((rule,)), count)
+            gaps[part] = _interval(paired.difference(nll, base))
+    return gaps
+
+
+def selection(evaluator: Evaluator, arms: Arms, count: int) -> dict:
+    """Index recall of the QAT arm and of the control rounded after training; router agreement."""
+    quantization, control, qat = SCOPES["paper"], arms.control, arms.qat["paper"]
+    plain = evaluator.choices(control.params, control.variables, NO_QUANTIZATION, count)
+    ptq = evaluator.choices(control.params, control.variables, quantization, count)
+    trained = evaluator.choices(qat.params, qat.variables, quantization, count)
+    recall, untrained = recall_table(trained), recall_table(ptq)
+    learned = [
+        i for i, kind in enumerate(evaluator.program.config.mlp_layer_types) if kind == "moe"
+    ]
+    return {
+        "recall": {
+            "qk": recall["qk"] and recall["qk"]["mean"],
+            "score": recall["score"] and recall["score"]["mean"],
+            "detail": recall | {"control_qk": untrained["qk"], "control_score": untrained["score"]},
+        },
+        "router_agreement": {
+            "control_qat": router_agreement(plain, trained, learned),
+            "control_ptq": router_agreement(plain, ptq, learned),
+        },
+    }
+
+
+def expert_bytes(params) -> dict:
+    """Bytes of the routed experts in BF16 and packed, counted on the packed arrays themselves."""
+    resolved = resolve(SCOPES["paper"], params)
+    flat = flat_paths(params)
+    bf16 = fp4 = 0
+    for path, fmt in resolved.weights.items():
+        packed = jax.jit(lambda w, fmt=fmt: pack(quantize(w, fmt)))(flat[path])
+        fp4 += sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
+        bf16 += 2 * flat[path].size
+    return {"bf16": bf16, "fp4": fp4, "ratio": bf16 / fp4}
+
+
+def continuations(trainer: Trainer, arms: Arms, documents, num_bytes: int = 200) -> dict:
+    """`num_bytes` bytes continued by control and QAT from the same prompt and the same draws.
+
+    The prompt is the beginning of the first of the (name, text) documents that is long enough.
+    """
+    text = next((text for _, text in documents if len(text) > 400), documents[0][1])
+    prompt = text[:240]
+    tokenizer, length = trainer.tokenizer, trainer.config.sequence_length
+    ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
+
+    def continued(state, quantization: Quantization) -> str:
+        resolved = resolve(quantization, state.params)
+        params = quantize_params(state.params, resolved.weights)
+        model = trainer.program.bind(params, state.variables, resolved)
+        produced = generate(
+            model,
+            ids,
+            num_bytes,  # a token is a byte or more
+            length=length,
+            temperature=0.8,
+            seed=trainer.config.seed,
+            forbid=(tokenizer.bos_id,),
+        )
+        return tokenizer.decode_bytes(produced)[:num_bytes].decode("utf-8", "replace")
+
+    return {
+        "prompt": prompt,
+        "control": continued(arms.control, NO_QUANTIZATION),
+        "qat": continued(arms.qat["paper"], SCOPES["paper"]),
+    }

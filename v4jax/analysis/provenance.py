@@ -1,0 +1,93 @@
+"""What produced a number: device, versions, data and sizes, for the top of a report."""
+
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+
+import jax
+
+from v4jax.training.corpus import Corpus
+from v4jax.training.data import Dataset, EvalWindows
+from v4jax.training.run import Trainer
+from v4jax.training.switch import Arms
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "numpy", "grain")
+
+
+def environment() -> dict:
+    """Device, cores, interpreter, package versions and date."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    kind = device.device_kind
+    return {
+        "device": _processor() if device.platform == "cpu" else f"{kind} x {jax.device_count()}",
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": versions["jax"],
+        "flax": versions["flax"],
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+        return f"CPU, {names[0]}" if names else "CPU"
+    except OSError:
+        return f"CPU, {platform.processor() or platform.machine()}"
+
+
+def parameters(trainer: Trainer) -> int:
+    """How many parameters the model has, MTP included."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.params))
+
+
+def describe(trainer: Trainer, dataset: Dataset) -> str:
+    """Two lines that say what is about to run."""
+    config, env = trainer.config, environment()
+    tokens = config.batch_size * config.sequence_length * config.schedule.total_steps
+    return (
+        f"model: {parameters(trainer):,} parameters, {config.model.num_hidden_layers} layers; "
+        f"computes in {config.compute_dtype} with float32 masters\n"
+        f"training: {config.schedule.total_steps} steps of {config.batch_size} x "
+        f"{config.sequence_length} tokens = {tokens:,} tokens, "
+        f"{tokens / max(dataset.num_tokens, 1):.2f} epochs; {trainer.tokenizer.name}; "
+        f"Python {env['python']}, jax {env['jax']}, {env['device']}, {env['cores']} cores"
+    )
+
+
+def what(trainer: Trainer, arms: Arms, windows: EvalWindows, corpus: Corpus) -> dict:
+    """The report's `what`: sizes, data and environment."""
+    config = trainer.config
+    predicted = int(windows.mask.sum())
+    total = config.schedule.total_steps
+    return environment() | {
+        "parameters": parameters(trainer),
+        "steps": total,
+        "switch_step": arms.branch.step,
+        "tokens": total * config.batch_size * config.sequence_length,
+        "batch_size": config.batch_size,
+        "sequence_length": config.sequence_length,
+        "learning_rate": config.optimizer.learning_rate,
+        "seed": config.seed,
+        "compute_dtype": config.compute_dtype,
+        "corpus": corpus.description,
+        "corpus_hash": corpus.hash,
+        "tokenizer": trainer.tokenizer.name,
+        "vocab_size": config.model.vocab_size,
+        "bytes_per_token": float(windows.num_bytes.sum() / predicted),
+        "eval_windows": len(windows.tokens),
+        "eval_documents": len(set(windows.document.tolist())),
+        "eval_tokens": predicted,
+        "eval_bytes": int(windows.num_bytes.sum()),
+        "part_windows": min(256, len(windows.tokens)),
+    }

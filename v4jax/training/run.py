@@ -1,0 +1,317 @@
+"""A run: one folder, one configuration, trained from a start to a step, resumable at any instant.
+
+    <run>/config.json      everything that determines its numbers
+    <run>/tokenizer.json   the tokenizer it was trained with
+    <run>/metrics.jsonl    one line a logged step; <run>/tensorboard repeats it
+    <run>/checkpoints/N    the state after N steps
+
+The same command on the same folder goes on from the newest whole checkpoint, bit for bit. A run
+may branch off another: it then starts from that run's checkpoint, optimizer and data position.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from v4jax import config as model_config
+from v4jax.config import ModelConfig
+from v4jax.model import Transformer
+from v4jax.numerics import MXFP4, fp8_tiles, quantize
+from v4jax.quantization import NO_QUANTIZATION, Quantization, flat_paths, resolve, table
+from v4jax.training import metrics as metrics_module
+from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.data import Batch
+from v4jax.training.metrics import MetricsWriter, Progress, read_metrics
+from v4jax.training.optimizer import OptimizerConfig, build_optimizer
+from v4jax.training.run_config import check_config, config_hash, read_config, write_config
+from v4jax.training.schedule import ScheduleConfig, learning_rate_scale
+from v4jax.training.step import Objective, Program, TrainState, make_train_step, split_model
+from v4jax.training.tokenizer import Tokenizer
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run's numbers, on one machine.
+
+    data: hash of the tokenized training documents. parent: "<config hash>@<step>" of the run that
+    this one branches off, or "".
+    """
+
+    model: ModelConfig
+    schedule: ScheduleConfig
+    optimizer: OptimizerConfig
+    objective: Objective
+    sequence_length: int
+    batch_size: int
+    seed: int
+    data: str
+    compute_dtype: str = "float32"
+    quantization: Quantization = NO_QUANTIZATION
+    parent: str = ""
+
+    def __post_init__(self):
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"RunConfig.compute_dtype: got {self.compute_dtype!r}, allowed: "
+                + " | ".join(COMPUTE_DTYPES)
+            )
+
+    def to_dict(self) -> dict:
+        """A JSON-able dict that `from_dict` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "RunConfig":
+        """Inverse of `to_dict`, also after JSON."""
+        rules = tuple(tuple(rule) for rule in fields["quantization"]["rules"])
+        return cls(
+            **fields
+            | {
+                "model": model_config.from_dict(fields["model"]),
+                "schedule": ScheduleConfig(**fields["schedule"]),
+                "optimizer": OptimizerConfig(**fields["optimizer"]),
+                "objective": Objective(**fields["objective"]),
+                "quantization": Quantization(rules),
+            }
+        )
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits."""
+        return config_hash(self.to_dict())
+
+
+class Branch(NamedTuple):
+    """Where a run starts: the checkpoint `step` of the run in `folder`."""
+
+    folder: pathlib.Path
+    step: int
+
+
+class Trainer:
+    """What the runs of one experiment share: model, optimizer, data and compiled steps.
+
+    config: the configuration of the runs, but for quantization and parent. batches: the training
+    batches. token_counts: [V], for the hash layers. tokenizer: saved with each run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        batches: Callable[[int], Batch],
+        token_counts: np.ndarray,
+        tokenizer: Tokenizer,
+    ):
+        self.config, self.batches, self.tokenizer = config, batches, tokenizer
+        self._new = jax.jit(self._initial_state, static_argnums=0)
+        self._counts = token_counts
+        model = nnx.eval_shape(self._model)
+        self.program = Program.of(model)
+        self.params = split_model(model)[0]
+        self.optimizer = build_optimizer(
+            self.params,
+            config.model,
+            config.optimizer,
+            functools.partial(learning_rate_scale, config.schedule),
+        )
+        self.step = functools.cache(self._step)
+
+    def _model(self) -> Transformer:
+        return Transformer(
+            self.config.model,
+            rngs=nnx.Rngs(self.config.seed),
+            dtype=jnp.dtype(self.config.compute_dtype),
+            token_counts=self._counts,
+            hash_seed=self.config.seed,
+        )
+
+    def _initial_state(self, seed: int) -> TrainState:
+        params, variables = split_model(self._model())
+        return TrainState(jnp.zeros((), jnp.int32), params, variables, self.optimizer.init(params))
+
+    def initial_state(self) -> TrainState:
+        """Step 0, from the config's seed."""
+        return self._new(self.config.seed)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(functools.partial(self._initial_state, self.config.seed))
+
+    def _step(self, quantization: Quantization):
+        return make_train_step(
+            self.program,
+            self.optimizer,
+            self.config.schedule,
+            self.config.objective,
+            quantization,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How often a run speaks and saves, in steps. Does not change its numbers.
+
+    keep: checkpoints that are never deleted, as later runs branch off them.
+    """
+
+    log_every: int = 10
+    save_every: int = 100
+    max_to_keep: int = 2
+    keep: tuple[int, ...] = ()
+
+
+DEFAULT_PACE = Pace()
+
+
+def train(
+    trainer: Trainer,
+    folder: pathlib.Path,
+    *,
+    stop: int,
+    quantization: Quantization = NO_QUANTIZATION,
+    branch: Branch | None = None,
+    pace: Pace = DEFAULT_PACE,
+) -> TrainState:
+    """Trains the run in `folder` up to `stop` updates and returns its state; resumes what is there.
+
+    Raises ValueError, one line, where the folder holds another configuration; FloatingPointError
+    where the loss is no longer finite.
+    """
+    parent = f"{read_run_config(branch.folder).hash}@{branch.step}" if branch else ""
+    config = dataclasses.replace(trainer.config, quantization=quantization, parent=parent)
+    if not check_config(folder, config.to_dict()):
+        trainer.tokenizer.save(folder)
+        write_config(folder, config.to_dict())
+    checkpointer = Checkpointer(
+        folder / "checkpoints", max_to_keep=pace.max_to_keep, keep=pace.keep
+    )
+    with checkpointer:
+        state, first = _state_to_go_on_from(trainer, checkpointer, branch)
+        if first >= stop:
+            return state
+        if quantization.rules:
+            print_quantization(quantization, trainer.params)
+        update, start = trainer.step(quantization), branch.step if branch else 0
+        lossless = lossless_share(quantization, trainer.params)
+        tokens = config.batch_size * config.sequence_length
+        with (
+            MetricsWriter(folder, first) as writer,
+            Progress(folder.name, stop, tokens) as progress,
+        ):
+            since, logged = time.perf_counter(), first
+            for step in range(first + 1, stop + 1):
+                state, metrics = update(state, *trainer.batches(step - 1))
+                progress.update(step, metrics["loss"])
+                logs = step % pace.log_every == 0 or step in (start + 1, stop)
+                saves = step % pace.save_every == 0 or step == stop or step in pace.keep
+                if (logs or saves) and not np.isfinite(loss := float(metrics["loss"])):
+                    raise FloatingPointError(f"{folder.name}: the loss is {loss} at step {step}")
+                if logs:
+                    seconds = (time.perf_counter() - since) / (step - logged)
+                    if lossless is not None:
+                        metrics["fp8_lossless_share"] = lossless(state.params)
+                    writer.write(step, metrics | {"seconds_per_step": seconds})
+                    since, logged = time.perf_counter(), step
+                if saves:
+                    meta = {"config": config.to_dict()}
+                    checkpointer.save(step, state, meta, wait=step == stop)
+    return state
+
+
+def _state_to_go_on_from(
+    trainer: Trainer, checkpointer: Checkpointer, branch: Branch | None
+) -> tuple[TrainState, int]:
+    """The run's newest whole checkpoint, else the branch's, else step 0; and its step."""
+    restored = checkpointer.restore(trainer.abstract_state())
+    if restored is None and branch is not None:
+        with Checkpointer(branch.folder / "checkpoints") as parent:
+            restored = parent.restore(trainer.abstract_state(), branch.step)
+    if restored is None:
+        return trainer.initial_state(), 0
+    return restored.state, restored.step
+
+
+def lossless_share(quantization: Quantization, params):
+    """params -> the share of 128x128 tiles of MXFP4 weights that FP8 holds without loss; or None.
+
+    fp4.md 3: the block scales of such a tile span at most 2^14.
+    """
+    resolved = resolve(quantization, params)
+    paths = [path for path, fmt in resolved.weights.items() if fmt == MXFP4]
+    if not paths:
+        return None
+
+    @jax.jit
+    def share(params):
+        flat = flat_paths(params)
+        tiles = np.array([_tile_count(flat[path].shape) for path in paths])
+        shares = jnp.stack([fp8_tiles(quantize(flat[path], MXFP4)).share for path in paths])
+        return jnp.sum(shares * tiles) / tiles.sum()
+
+    return share
+
+
+def _tile_count(shape: tuple[int, ...]) -> int:
+    """128x128 tiles of the matrices in an array of `shape`, short ones at the edges included."""
+    *stack, rows, columns = shape
+    return math.prod(stack) * -(-rows // 128) * -(-columns // 128)
+
+
+def print_quantization(quantization: Quantization, params) -> None:
+    """Prints which tensor is in which format from here on, and bytes before and after."""
+    rows = table(resolve(quantization, params), params)
+    total = ("sum", "", "", sum(r[3] for r in rows), sum(r[4] for r in rows))
+    headers = ("quantized from here on", "shape", "format", "bytes in BF16", "bytes now")
+    print(metrics_module.table([*rows, total], headers), flush=True)
+
+
+def read_run_config(folder: str | pathlib.Path) -> RunConfig:
+    """The configuration of the run in `folder`. Raises ValueError if there is none."""
+    stored = read_config(folder)
+    if stored is None:
+        raise ValueError(f"{folder} holds no run: there is no config.json")
+    return RunConfig.from_dict(stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run. `model` holds the float32 masters and quantizes nothing: for what a QAT run
+    computes, `v4jax.quantization.quantized(run.model, run.config.quantization)`."""
+
+    config: RunConfig
+    model: Transformer
+    tokenizer: Tokenizer
+    metrics: list[dict[str, Any]]
+    step: int
+
+
+def _no_batches(step: int) -> Batch:
+    raise ValueError(f"a loaded run has no data; batch {step} was asked for")
+
+
+def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
+    """Loads a run at `step`, by default its newest whole checkpoint.
+
+    Raises ValueError, one line, where there is no run, no checkpoint, or a damaged one was named.
+    """
+    folder = pathlib.Path(folder)
+    config = read_run_config(folder)
+    tokenizer = Tokenizer.load(folder)
+    trainer = Trainer(config, _no_batches, np.ones(config.model.vocab_size), tokenizer)
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        restored = checkpointer.restore(trainer.abstract_state(), step)
+    if restored is None:
+        raise ValueError(f"{folder} holds no checkpoint yet")
+    model = trainer.program.bind(restored.state.params, restored.state.variables)
+    return Run(config, model, tokenizer, read_metrics(folder), restored.step)

@@ -1,0 +1,176 @@
+"""The switch: arms that go on from one checkpoint, on the same data in the same order.
+
+    pretrain            BF16 up to the switch
+    control             BF16 from the switch to the end
+    qat, qat_<scope>    FP4 quantization-aware from the switch to the end, one arm a scope
+    (ptq                the control's final weights in an arm's forward pass; nothing is trained)
+
+Optimizer state, data position and schedule go on unchanged, so arms differ by the format alone.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax.quantization import PAPER, SCOPES, Quantization
+from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
+from v4jax.training.run_config import read_config
+from v4jax.training.step import TrainState
+
+
+def arm_name(scope: str) -> str:
+    """The folder of a scope's arm: "qat" for the paper's, "qat_<scope>" for others."""
+    return "qat" if scope == "paper" else f"qat_{scope}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """Final states. qat: scope -> state. branch: where arms start. folders: by run name."""
+
+    branch: Branch
+    control: TrainState
+    qat: dict[str, TrainState]
+    folders: dict[str, pathlib.Path]
+
+
+def run_arms(
+    trainer: Trainer,
+    workdir: pathlib.Path,
+    *,
+    switch_step: int,
+    scopes: tuple[str, ...],
+    pace: Pace,
+    from_checkpoint: str | None = None,
+) -> Arms:
+    """Trains, or resumes, every arm below `workdir`.
+
+    from_checkpoint: "<run folder>[@step]": branch off that run instead of pre-training. Without
+    it, a sibling of `workdir` that pre-trained under an equal configuration to the same step is
+    branched off. Raises ValueError, one line, where the two do not fit.
+    """
+    total = trainer.config.schedule.total_steps
+    if not 0 < switch_step < total:
+        raise ValueError(f"--qat_start: step {switch_step} is not within 1..{total - 1}")
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise ValueError(f"--scopes: unknown scope {scope!r}, allowed: {', '.join(SCOPES)}")
+    if "paper" not in scopes:
+        raise ValueError(f"--scopes: {', '.join(scopes)}: paper must be among them")
+    pace = dataclasses.replace(pace, keep=(switch_step,))
+    if from_checkpoint:
+        branch = parse_branch(from_checkpoint)
+        check_fit(trainer, branch)
+    else:
+        branch = shared_pretraining(trainer, workdir, switch_step)
+    if branch is None:
+        branch = Branch(workdir / "pretrain", switch_step)
+        train(trainer, branch.folder, stop=switch_step, pace=pace)
+    else:
+        print(f"branching off {branch.folder} at step {branch.step}", flush=True)
+    control = train(trainer, workdir / "control", stop=total, branch=branch, pace=pace)
+    qat = {
+        scope: train(
+            trainer,
+            workdir / arm_name(scope),
+            stop=total,
+            branch=branch,
+            quantization=SCOPES[scope],
+            pace=pace,
+        )
+        for scope in scopes
+    }
+    names = ["control", *map(arm_name, scopes)]
+    folders = {"pretrain": branch.folder} | {name: workdir / name for name in names}
+    return Arms(branch, control, qat, folders)
+
+
+def parse_branch(text: str) -> Branch:
+    """ "<run folder>[@step]" -> Branch; without a step, the run's newest checkpoint."""
+    folder, at, step = text.rpartition("@")
+    if not at or not step.isdecimal():
+        folder, step = text, ""
+    path = pathlib.Path(folder)
+    with Checkpointer(path / "checkpoints") as checkpointer:
+        steps = checkpointer.steps()
+    if not steps or (step and int(step) not in steps):
+        there = ", ".join(map(str, steps)) or "none"
+        raise ValueError(f"--from_checkpoint={text}: no such checkpoint; {path} has: {there}")
+    return Branch(path, int(step) if step else steps[-1])
+
+
+def check_fit(trainer: Trainer, branch: Branch) -> None:
+    """Raises ValueError, one line naming the fields, where a run cannot branch off another.
+
+    Model, data and what fixes the data position must agree; schedule, optimizer and losses may
+    differ: that is what one branches for.
+    """
+    parent, mine = read_run_config(branch.folder), trainer.config
+    names = ("data", "sequence_length", "batch_size", "seed")
+    pairs = {name: (getattr(parent, name), getattr(mine, name)) for name in names}
+    for field in dataclasses.fields(mine.model):
+        pairs[f"model.{field.name}"] = (
+            getattr(parent.model, field.name),
+            getattr(mine.model, field.name),
+        )
+    differ = [f"{name} is {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b]
+    if differ:
+        raise ValueError(f"--from_checkpoint={branch.folder} does not fit: {', '.join(differ)}")
+    if branch.step >= mine.schedule.total_steps:
+        raise ValueError(
+            f"--from_checkpoint={branch.folder}@{branch.step}: nothing is left to train, "
+            f"the run ends at step {mine.schedule.total_steps}"
+        )
+
+
+def shared_pretraining(trainer: Trainer, workdir: pathlib.Path, step: int) -> Branch | None:
+    """A sibling's pre-training with this run's configuration hash and a checkpoint at `step`.
+
+    None where `workdir` has begun its own, or no sibling fits.
+    """
+    if read_config(workdir / "pretrain") is not None or not workdir.parent.is_dir():
+        return None
+    for folder in sorted(workdir.parent.glob("*/pretrain")):
+        try:
+            if read_run_config(folder).hash != trainer.config.hash:
+                continue
+        except (ValueError, TypeError, KeyError):  # another version's, or not ours
+            continue
+        with Checkpointer(folder / "checkpoints") as checkpointer:
+            if step in checkpointer.steps():
+                return Branch(folder, step)
+    return None
+
+
+def alternate_steps(
+    trainer: Trainer, state: TrainState, quantization: Quantization = PAPER, pairs: int = 12
+) -> dict:
+    """Times a plain and a quantized step in turn, in this process: seconds and their ratio.
+
+    Returns `bf16`, `qat` (medians, s), `ratio` (median of the pairs' ratios) with its quartiles
+    `ratio_low`, `ratio_high`, and `pairs`. The state given is not changed.
+    """
+    updates = {"bf16": trainer.step(Quantization()), "qat": trainer.step(quantization)}
+    states = {name: jax.tree.map(jnp.copy, state) for name in updates}
+    seconds: dict[str, list[float]] = {name: [] for name in updates}
+    for i in range(pairs + 1):
+        batch = trainer.batches(int(state.step) + i)
+        for name, update in updates.items():
+            start = time.perf_counter()
+            states[name], _ = update(states[name], *batch)
+            jax.block_until_ready(states[name])
+            seconds[name].append(time.perf_counter() - start)
+    bf16, qat = (np.array(seconds[name][1:]) for name in ("bf16", "qat"))  # the first one compiles
+    low, ratio, high = np.percentile(qat / bf16, [25, 50, 75])
+    return {
+        "bf16": float(np.median(bf16)),
+        "qat": float(np.median(qat)),
+        "ratio": float(ratio),
+        "ratio_low": float(low),
+        "ratio_high": float(high),
+        "pairs": pairs,
+    }
