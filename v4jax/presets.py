@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from v4jax.config import CSA, HCA, SLIDING, CompressRates, ModelConfig, RopeScaling
 
@@ -179,4 +180,6 @@ def pro() -> ModelConfig:
     )
 
 
-PRESETS = {f.__name__: f for f in (nano, micro, mini, small, flash, pro)}
+PRESETS: dict[str, Callable[..., ModelConfig]] = {
+    f.__name__: f for f in (nano, micro, mini, small, flash, pro)
+}

@@ -23,7 +23,7 @@ def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
             for name, value in quick.items():
                 if values[name].using_default_value:
                     values[name].value = value
-        if values["verbosity"].using_default_value:
+        if not values["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
         cache_compilations()
         try:
