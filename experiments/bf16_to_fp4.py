@@ -51,7 +51,7 @@ DTYPE = flags.DEFINE_enum(
 )
 
 STEPS = integer("steps", 800, "[training] Updates in all.", 2)
-QAT_START = number("qat_start", 0.7, "[training] The switch: fraction of the steps, or a step.", 0)
+QAT_START = number("qat_start", 0.7, "[fp4] The switch: fraction of the steps, or a step.", 0)
 DECAY_START = number("decay_start", 0.7, "[training] Cosine decay: fraction, or a step.", 0)
 WARMUP = number("warmup", 0.06, "[training] Warm-up: fraction, or steps.", 0)
 DENSE = number("dense", 0.1, "[training] Dense compressed attention first: fraction, or steps.", 0)
@@ -59,7 +59,10 @@ LEARNING_RATE = number("learning_rate", 2.5e-3, "[training] Peak, of Muon and Ad
 INDEX_WEIGHT = number("index_weight", 1.0, "[training] Of the indexer's KL; 0 freezes it.", 0)
 BALANCE_WEIGHT = number("balance_weight", 1e-4, "[training] Of the balance loss.", 0)
 BIAS_SPEED = number("bias_speed", 0.01, "[training] Of the routers' selection bias, a step.", 0)
-SCOPES = flags.DEFINE_list("scopes", "paper,all_linears", "[training] What QAT rounds; arms.")
+SCOPES = flags.DEFINE_list("scopes", "paper,all_linears", "[fp4] What QAT rounds, an arm each.")
+INDEX_SCORES = flags.DEFINE_enum(
+    "index_scores", "float32", ("float32", "bfloat16"), "[fp4] Of the indexer, in the QAT arms."
+)
 
 SMALL = {
     "steps": 20,
@@ -109,6 +112,21 @@ def configure(vocab_size: int, data: str, seed: int):
     )
 
 
+def scopes():
+    """Scope -> what its QAT arm rounds, from the flags."""
+    from v4jax import quantization
+
+    for name in SCOPES.value:
+        if name not in quantization.SCOPES:
+            allowed = ", ".join(quantization.SCOPES)
+            raise ValueError(f"--scopes: unknown scope {name!r}, allowed: {allowed}")
+    if "paper" not in SCOPES.value:
+        raise ValueError("--scopes: paper must be among them, the report is built around it")
+    extra = (quantization.BF16_INDEX_SCORES,) if INDEX_SCORES.value == "bfloat16" else ()
+    rules = {name: quantization.SCOPES[name].rules + extra for name in SCOPES.value}
+    return {name: quantization.Quantization(rule) for name, rule in rules.items()}
+
+
 def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathlib.Path]]:
     """Trains and compares all arms of one seed; returns the report and the runs' folders."""
     from v4jax.analysis import comparison, provenance
@@ -137,7 +155,7 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
         trainer,
         workdir,
         switch_step=resolve_steps("--qat_start", fraction_or_steps("qat_start"), STEPS.value),
-        scopes=tuple(SCOPES.value),
+        scopes=scopes(),
         pace=run.Pace(log_every=LOG_EVERY.value, save_every=SAVE_EVERY.value),
         from_checkpoint=FROM.value,
     )

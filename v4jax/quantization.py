@@ -45,6 +45,8 @@ PAPER = Quantization((PARTS["routed experts"], PARTS["index query and key"]))
 # Beside it every other linear map but the head, the routers and the hyper-connections.
 ALL_LINEARS = Quantization(tuple(PARTS.values()))
 SCOPES = {"paper": PAPER, "all_linears": ALL_LINEARS}
+# An option of its own (5.2.1): the report quantizes index scores to BF16 beside FP4.
+BF16_INDEX_SCORES = ("activations/index_scores", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def compare(evaluator: Evaluator, arms: Arms) -> dict:
     control = evaluator.nll(arms.control.params, arms.control.variables)
     report: dict = {}
     for scope, state in arms.qat.items():
-        quantization = SCOPES[scope]
+        quantization = arms.scopes[scope]
         ptq = evaluator.nll(arms.control.params, arms.control.variables, quantization)
         qat = evaluator.nll(state.params, state.variables, quantization)
         nlls = {"control": control, "ptq": ptq, "qat": qat}
@@ -61,8 +61,8 @@ def compare(evaluator: Evaluator, arms: Arms) -> dict:
         }
         report |= found if scope == "paper" else {scope: found}
     report |= selection(evaluator, arms, CHOICE_WINDOWS)
-    report["expert_bytes"] = expert_bytes(arms.qat["paper"].params)
-    lossless = lossless_share(SCOPES["paper"], arms.qat["paper"].params)
+    report["expert_bytes"] = expert_bytes(arms.qat["paper"].params, arms.scopes["paper"])
+    lossless = lossless_share(arms.scopes["paper"], arms.qat["paper"].params)
     report["fp8_lossless_share"] = float(lossless(arms.qat["paper"].params))
     return dict.fromkeys(set(SCOPES) - {"paper"}) | report
 
@@ -86,7 +86,7 @@ def gap_by_part(evaluator, arms: Arms, quantization: Quantization, count: int) -
 
 def selection(evaluator: Evaluator, arms: Arms, count: int) -> dict:
     """Index recall of the QAT arm and of the control rounded after training; router agreement."""
-    quantization, control, qat = SCOPES["paper"], arms.control, arms.qat["paper"]
+    quantization, control, qat = arms.scopes["paper"], arms.control, arms.qat["paper"]
     plain = evaluator.choices(control.params, control.variables, NO_QUANTIZATION, count)
     ptq = evaluator.choices(control.params, control.variables, quantization, count)
     trained = evaluator.choices(qat.params, qat.variables, quantization, count)
@@ -107,9 +107,9 @@ def selection(evaluator: Evaluator, arms: Arms, count: int) -> dict:
     }
 
 
-def expert_bytes(params) -> dict:
+def expert_bytes(params, quantization: Quantization) -> dict:
     """Bytes of the routed experts in BF16 and packed, counted on the packed arrays themselves."""
-    resolved = resolve(SCOPES["paper"], params)
+    resolved = resolve(quantization, params)
     flat = flat_paths(params)
     bf16 = fp4 = 0
     for path, fmt in resolved.weights.items():
@@ -147,5 +147,5 @@ def continuations(trainer: Trainer, arms: Arms, documents, num_bytes: int = 200)
     return {
         "prompt": prompt,
         "control": continued(arms.control, NO_QUANTIZATION),
-        "qat": continued(arms.qat["paper"], SCOPES["paper"]),
+        "qat": continued(arms.qat["paper"], arms.scopes["paper"]),
     }

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.quantization import PAPER, SCOPES, Quantization
+from v4jax.quantization import PAPER, Quantization
 from v4jax.training.checkpoint import Checkpointer
 from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
 from v4jax.training.run_config import read_config
@@ -30,11 +30,13 @@ def arm_name(scope: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Arms:
-    """Final states. qat: scope -> state. branch: where arms start. folders: by run name."""
+    """Final states. branch: where the arms start. qat, scopes: scope -> final state and formats.
+    folders: by run name."""
 
     branch: Branch
     control: TrainState
     qat: dict[str, TrainState]
+    scopes: dict[str, Quantization]
     folders: dict[str, pathlib.Path]
 
 
@@ -43,11 +45,11 @@ def run_arms(
     workdir: pathlib.Path,
     *,
     switch_step: int,
-    scopes: tuple[str, ...],
+    scopes: dict[str, Quantization],
     pace: Pace,
     from_checkpoint: str | None = None,
 ) -> Arms:
-    """Trains, or resumes, every arm below `workdir`.
+    """Trains, or resumes, every arm below `workdir`: the control and one for each of `scopes`.
 
     from_checkpoint: "<run folder>[@step]": branch off that run instead of pre-training. Without
     it, a sibling of `workdir` that pre-trained under an equal configuration to the same step is
@@ -56,11 +58,6 @@ def run_arms(
     total = trainer.config.schedule.total_steps
     if not 0 < switch_step < total:
         raise ValueError(f"--qat_start: step {switch_step} is not within 1..{total - 1}")
-    for scope in scopes:
-        if scope not in SCOPES:
-            raise ValueError(f"--scopes: unknown scope {scope!r}, allowed: {', '.join(SCOPES)}")
-    if "paper" not in scopes:
-        raise ValueError(f"--scopes: {', '.join(scopes)}: paper must be among them")
     pace = dataclasses.replace(pace, keep=(switch_step,))
     if from_checkpoint:
         branch = parse_branch(from_checkpoint)
@@ -79,14 +76,14 @@ def run_arms(
             workdir / arm_name(scope),
             stop=total,
             branch=branch,
-            quantization=SCOPES[scope],
+            quantization=quantization,
             pace=pace,
         )
-        for scope in scopes
+        for scope, quantization in scopes.items()
     }
     names = ["control", *map(arm_name, scopes)]
     folders = {"pretrain": branch.folder} | {name: workdir / name for name in names}
-    return Arms(branch, control, qat, folders)
+    return Arms(branch, control, qat, scopes, folders)
 
 
 def parse_branch(text: str) -> Branch:
