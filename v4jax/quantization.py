@@ -7,16 +7,18 @@ query and key are rounded where they arise; their pseudo-paths are `activations/
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from v4jax.layers.context import IndexFormats
 from v4jax.model import Transformer
-from v4jax.numerics import FORMATS, Format, bytes_of, fake_quantize
+from v4jax.numerics import FORMATS, MXFP4, Format, bytes_of, fake_quantize, fp8_tiles, quantize
 
 ACTIVATIONS = ("activations/index_query", "activations/index_key", "activations/index_scores")
 
@@ -149,3 +151,30 @@ def table(resolved: Resolved, params) -> list[tuple[str, str, str, int, int]]:
         if fmt is not None:
             rows.append((site, "", fmt if isinstance(fmt, str) else fmt.name, 0, 0))
     return rows
+
+
+def lossless_share(quantization: Quantization, params):
+    """params -> the share of 128x128 tiles of MXFP4 weights that FP8 holds without loss; or None.
+
+    Report 5.2.1: FP4 weights run in the FP8 path unchanged where the block scales of a tile span
+    at most 2^14 (`v4jax.numerics.fp8_tiles`).
+    """
+    resolved = resolve(quantization, params)
+    paths = [path for path, fmt in resolved.weights.items() if fmt == MXFP4]
+    if not paths:
+        return None
+
+    @jax.jit
+    def share(params):
+        flat = flat_paths(params)
+        tiles = np.array([_tile_count(flat[path].shape) for path in paths])
+        shares = jnp.stack([fp8_tiles(quantize(flat[path], MXFP4)).share for path in paths])
+        return jnp.sum(shares * tiles) / tiles.sum()
+
+    return share
+
+
+def _tile_count(shape: tuple[int, ...]) -> int:
+    """128x128 tiles of the matrices in an array of `shape`, short ones at the edges included."""
+    *stack, rows, columns = shape
+    return math.prod(stack) * -(-rows // 128) * -(-columns // 128)

@@ -25,10 +25,11 @@ from v4jax.quantization import (
     SCOPES,
     Quantization,
     flat_paths,
+    lossless_share,
     quantize_params,
     resolve,
 )
-from v4jax.training.run import Trainer, lossless_share
+from v4jax.training.run import Trainer
 from v4jax.training.switch import Arms
 
 PART_WINDOWS = 256  # of the gaps part by part

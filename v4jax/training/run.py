@@ -11,7 +11,6 @@ may branch off another: it then starts from that run's checkpoint, optimizer and
 
 import dataclasses
 import functools
-import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -25,8 +24,7 @@ from flax import nnx
 from v4jax import config as model_config
 from v4jax.config import ModelConfig
 from v4jax.model import Transformer
-from v4jax.numerics import MXFP4, fp8_tiles, quantize
-from v4jax.quantization import NO_QUANTIZATION, Quantization, flat_paths, resolve, table
+from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share, resolve, table
 from v4jax.training import metrics as metrics_module
 from v4jax.training.checkpoint import Checkpointer
 from v4jax.training.data import Batch
@@ -240,32 +238,6 @@ def _state_to_go_on_from(
     if restored is None:
         return trainer.initial_state(), 0
     return restored.state, restored.step
-
-
-def lossless_share(quantization: Quantization, params):
-    """params -> the share of 128x128 tiles of MXFP4 weights that FP8 holds without loss; or None.
-
-    fp4.md 3: the block scales of such a tile span at most 2^14.
-    """
-    resolved = resolve(quantization, params)
-    paths = [path for path, fmt in resolved.weights.items() if fmt == MXFP4]
-    if not paths:
-        return None
-
-    @jax.jit
-    def share(params):
-        flat = flat_paths(params)
-        tiles = np.array([_tile_count(flat[path].shape) for path in paths])
-        shares = jnp.stack([fp8_tiles(quantize(flat[path], MXFP4)).share for path in paths])
-        return jnp.sum(shares * tiles) / tiles.sum()
-
-    return share
-
-
-def _tile_count(shape: tuple[int, ...]) -> int:
-    """128x128 tiles of the matrices in an array of `shape`, short ones at the edges included."""
-    *stack, rows, columns = shape
-    return math.prod(stack) * -(-rows // 128) * -(-columns // 128)
 
 
 def print_quantization(quantization: Quantization, params) -> None:
