@@ -46,7 +46,11 @@ PARTS = {
 PAPER = Quantization((PARTS["routed experts"], PARTS["index query and key"]))
 # Beside it every other linear map but the head, the routers and the hyper-connections.
 ALL_LINEARS = Quantization(tuple(PARTS.values()))
-SCOPES = {"paper": PAPER, "all_linears": ALL_LINEARS}
+# The same weights in FP8, which loses next to nothing: what arms differ by when formats do not.
+ALL_LINEARS_FP8 = Quantization(
+    tuple((path, "fp8_128x128") for path, _ in ALL_LINEARS.rules if not path.startswith("activ"))
+)
+SCOPES = {"paper": PAPER, "all_linears": ALL_LINEARS, "all_linears_fp8": ALL_LINEARS_FP8}
 # An option of its own (5.2.1): the report quantizes index scores to BF16 beside FP4.
 BF16_INDEX_SCORES = ("activations/index_scores", "bf16")
 

@@ -22,7 +22,6 @@ from v4jax.numerics import pack, quantize
 from v4jax.quantization import (
     NO_QUANTIZATION,
     PARTS,
-    SCOPES,
     Quantization,
     flat_paths,
     lossless_share,
@@ -43,7 +42,8 @@ def compare(evaluator: Evaluator, arms: Arms) -> dict:
     """
     windows, paired = evaluator.windows, Paired(evaluator.windows)
     control = evaluator.nll(arms.control.params, arms.control.variables)
-    report: dict = {}
+    gaps = gap_by_part(evaluator, arms, PART_WINDOWS)
+    report: dict = {"all_linears": None}
     for scope, state in arms.qat.items():
         quantization = arms.scopes[scope]
         ptq = evaluator.nll(arms.control.params, arms.control.variables, quantization)
@@ -58,28 +58,29 @@ def compare(evaluator: Evaluator, arms: Arms) -> dict:
             "qat_minus_ptq": _interval(paired.difference(qat, ptq)),
             "ptq_gap_closed": closed and closed.mean,
             "ptq_gap_closed_interval": closed and _interval(closed),
-            "gap_by_part": gap_by_part(evaluator, arms, quantization, PART_WINDOWS),
+            "gap_by_part": {p: gap for p, gap in gaps.items() if PARTS[p] in quantization.rules},
         }
         report |= found if scope == "paper" else {scope: found}
     report |= selection(evaluator, arms, CHOICE_WINDOWS)
     report["expert_bytes"] = expert_bytes(arms.qat["paper"].params, arms.scopes["paper"])
     lossless = lossless_share(arms.scopes["paper"], arms.qat["paper"].params)
     report["fp8_lossless_share"] = float(lossless(arms.qat["paper"].params))
-    return dict.fromkeys(set(SCOPES) - {"paper"}) | report
+    return report
 
 
 def _interval(interval: Interval) -> dict[str, float]:
     return dataclasses.asdict(interval)
 
 
-def gap_by_part(evaluator, arms: Arms, quantization: Quantization, count: int) -> dict:
-    """PTQ - control with one part alone in FP4, on the first `count` windows."""
+def gap_by_part(evaluator: Evaluator, arms: Arms, count: int) -> dict:
+    """PTQ - control with each part of any scope alone in FP4, on the first `count` windows."""
     paired = Paired(evaluator.windows, count)
     control = arms.control
     base = evaluator.nll(control.params, control.variables, count=count)
+    rules = {rule for scope in arms.scopes.values() for rule in scope.rules}
     gaps = {}
     for part, rule in PARTS.items():
-        if rule in quantization.rules and not rule[0].startswith("mtp/"):  # no part of this loss
+        if rule in rules and not rule[0].startswith("mtp/"):  # MTP is no part of this loss
             nll = evaluator.nll(control.params, control.variables, Quantization((rule,)), count)
             gaps[part] = _interval(paired.difference(nll, base))
     return gaps

@@ -43,13 +43,25 @@ class Scope(NamedTuple):
         return f"{self.label[0].upper()}{self.label[1:]} ({self.meaning}):"
 
 
+WIDER = {
+    "all_linears": (
+        "all linears",
+        "the paper's scope and every other linear map but embedding, head and routers",
+    ),
+    "all_linears_fp8": (
+        "all linears, FP8",
+        "the same weights in FP8, which loses next to nothing: what two trainings differ by anyway",
+    ),
+}
+
+
 def scopes(report: Mapping[str, Any]) -> list[Scope]:
     """The scopes that were run, the paper's first."""
     paper = "routed experts, MTP's too, and the indexer's query and key"
     found = [Scope("paper's scope", paper, "", report)]
-    if report.get("all_linears"):
-        more = "the paper's scope and every other linear map but embedding, head and routers"
-        found.append(Scope("all linears", more, "all_linears.", report["all_linears"]))
+    for key, (name, meaning) in WIDER.items():
+        if report.get(key):
+            found.append(Scope(name, meaning, f"{key}.", report[key]))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from v4jax.analysis.findings import DIFFERENCES, at, number, precision, scopes, side
+from v4jax.analysis.findings import DIFFERENCES, Scope, at, number, precision, scopes, side
 from v4jax.training.context_models import ORDERS
 
 GREY, LIGHT = "#555555", "#BBBBBB"
@@ -74,7 +74,7 @@ def draw(report: Mapping[str, Any], histories: Mapping[str, Sequence[Mapping]]):
     figure = Figure(figsize=(6.6, 6.1), layout=layout)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
     _losses(figure.add_subplot(grid[0, 0]), histories, at(report, "what.switch_step"))
-    shown = scopes(report)
+    shown = _drawn(report)
     stack = grid[0, 1].subgridspec(len(shown), 1)
     for i, scope in enumerate(shown):
         axes = figure.add_subplot(stack[i])
@@ -95,6 +95,11 @@ def draw(report: Mapping[str, Any], histories: Mapping[str, Sequence[Mapping]]):
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=1.8)
     figure.supxlabel(_caption(report), fontsize=7, color=GREY)
     return figure
+
+
+def _drawn(report: Mapping[str, Any]) -> list[Scope]:
+    """The scopes that have a colour; the tables hold all."""
+    return [scope for scope in scopes(report) if scope.prefix in SCOPES]
 
 
 def _caption(report: Mapping[str, Any]) -> str:
@@ -252,7 +257,7 @@ def _bits_per_byte(axes, report: Mapping[str, Any]) -> None:
         (name.replace("order", "order "), bits.get(name), LIGHT, None) for name in ORDERS
     ]
     rows.append(("control", bits.get("control"), CONTROL, None))
-    for scope in scopes(report):
+    for scope in _drawn(report):
         for arm in ("ptq", "qat"):
             hatch = "////" if arm == "ptq" else None
             label = f"{arm.upper()}, {scope.label}"

@@ -80,9 +80,9 @@ def select(scores: jax.Array, visible: jax.Array, top_k: int) -> jax.Array:
         jnp.where(visible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
     )
     threshold = jax.lax.top_k(scores, top_k)[0][..., -1:]
-    above, equal = scores > threshold, scores == threshold
+    above, equal = scores > threshold, visible & (scores == threshold)
     room = top_k - jnp.sum(above, axis=-1, keepdims=True)
-    return visible & (above | (equal & (jnp.cumsum(equal, axis=-1) <= room)))
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
 
 
 def index_loss(scores: jax.Array, mass: jax.Array, among: jax.Array, valid: jax.Array) -> jax.Array:

@@ -78,7 +78,7 @@ def sqrtsoftplus(z: jax.Array) -> jax.Array:
 
     exp(half the logarithm); far below zero log softplus(z) is z to float32's precision.
     """
-    log = jnp.where(z < -15, z, jnp.log(jax.nn.softplus(jnp.maximum(z, -15.0))))
+    log = jnp.where(z <= -15, z, jnp.log(jax.nn.softplus(jnp.maximum(z, -15.0))))
     return jnp.exp(0.5 * log)
 
 

@@ -53,18 +53,19 @@ def divide(magnitude: Array, scale: Array) -> Array:
 
 
 def multiply(x: Array, scale: Array) -> Array:
-    """float32 product of `x`, zero or normal, and any `scale`; NaN if either is.
+    """float32 product of an element `x`, zero or at least 2^-62, and any `scale`; NaN if either is.
 
-    Rounded to nearest, and exact for a power of two, but a subnormal product is cut to its bits:
-    those that scales and elements of a few bits give all have room.
+    Rounded to nearest, but truncated if subnormal; exact for a power of two, since an element of a
+    few bits loses none of them to either.
     """
     bits = to_bits(scale)
     tiny = bits < SMALLEST_NORMAL  # E8M0 code 0 is 2^-127: double the scale, halve x
     scale = jnp.where(tiny, from_bits(bits << 1), scale)
     x = jnp.where(tiny, 0.5 * x, x)
-    normals = x * (scale * 2.0**126)  # the product in units of 2^-126; overflows harmlessly
-    subnormal = (normals * 2.0**MANTISSA).astype(jnp.int32)  # in units of 2^-149: its bits
-    return jnp.where(normals < 1, from_bits(subnormal), x * scale)
+    # The product in units of 2^-126, as far as it can be subnormal, then of 2^-149: its bits.
+    normals = x * (jnp.minimum(scale, 2.0**-64) * 2.0**126)
+    subnormal = (normals * 2.0**MANTISSA).astype(jnp.int32)
+    return from_bits(jnp.where(normals < 1, subnormal, to_bits(x * scale)))
 
 
 def round_to(x: Array, element: np.dtype) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from v4jax.numerics import blocks
-from v4jax.numerics.formats import FP8_128X128
+from v4jax.numerics.formats import E2M1, E8M0, FP8_128X128
 from v4jax.numerics.storage import Quantized
 
 LOSSLESS_SPREAD = 14  # log2 of the largest ratio of scales within a lossless tile
@@ -37,8 +37,8 @@ def fp8_tiles(q: Quantized) -> Fp8Tiles:
     """
     rows, columns = FP8_128X128.block
     fmt = q.format
-    if fmt.scale.name != "float8_e8m0fnu" or fmt.block[0] != 1 or columns % fmt.block[1]:
-        raise ValueError(f"fp8_tiles: {fmt.name} has no E8M0 scales of blocks that divide a tile")
+    if (fmt.element, fmt.scale) != (E2M1, E8M0) or fmt.block[0] != 1 or columns % fmt.block[1]:
+        raise ValueError(f"fp8_tiles: {fmt.name} is not E2M1 with E8M0 scales in rows of a tile")
     code = lax.bitcast_convert_type(q.scales, jnp.uint8).astype(jnp.int32)
     nonzero = jnp.any(blocks.split(q.values.astype(jnp.float32) != 0, fmt.tile), axis=-1)
     nan = code == 255

@@ -46,7 +46,8 @@ class TwoLevel:
 
     The matrix is the last two axes (leading axes are stacks: each expert has a scale of its own).
     Its scale [..., 1, 1] takes its largest finite magnitude, raised to `floor` first, to
-    limit * (the largest scale). A block's scale is no less than the smallest positive one.
+    limit * (the largest scale). A block's scale is no less than the smallest positive one. Of
+    activations with time among the last two axes, the matrix's scale sees the future.
     """
 
     limit: float

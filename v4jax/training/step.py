@@ -171,7 +171,7 @@ def make_train_step(
         variables = moved_biases(state.variables, aux, program.config, objective.bias_speed)
         loads = jnp.stack([layer["expert_load"] for layer in aux["layers"]])
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr_scale": now.lr_scale,
             "load_max": jnp.max(loads) / jnp.mean(loads),
         }
