@@ -6,6 +6,7 @@ Report sections 2 and 4.2.1 give the meaning of each field; `presets.py` gives v
 """
 
 import dataclasses
+import math
 
 SLIDING = "sliding_attention"
 CSA = "compressed_sparse_attention"
@@ -132,8 +133,15 @@ def validate(cfg: ModelConfig) -> None:
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
             _require(ok, field.name, value, f"an integer >= {least}")
         if field.type in (float, "float"):
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-            _require(ok, field.name, value, "a number > 0")
+            _require(_positive(value), field.name, value, "a number > 0")
+        if field.type in (bool, "bool"):
+            _require(isinstance(value, bool), field.name, value, "True | False")
+    rates, scaling = cfg.compress_rates, cfg.rope_scaling
+    _require(isinstance(rates, CompressRates), "compress_rates", rates, "a CompressRates")
+    if scaling is not None:
+        _require(isinstance(scaling, RopeScaling), "rope_scaling", scaling, "a RopeScaling or None")
+        for name, value in dataclasses.asdict(scaling).items():
+            _require(_positive(value), f"rope_scaling.{name}", value, "a number > 0")
     _require(len(cfg.layer_types) >= 1, "layer_types", cfg.layer_types, "at least one layer")
     for name, allowed in (("layer_types", LAYER_TYPES), ("mlp_layer_types", MLP_LAYER_TYPES)):
         value = getattr(cfg, name)
@@ -173,7 +181,13 @@ def validate(cfg: ModelConfig) -> None:
     _require(depth in (0, 1), "num_nextn_predict_layers", depth, "0 or 1 (V4's depth)")
     for kind in (CSA, HCA):
         rate = getattr(cfg.compress_rates, kind)
-        _require(rate >= 1, f"compress_rates.{kind}", rate, "an integer >= 1")
+        ok = isinstance(rate, int) and not isinstance(rate, bool) and rate >= 1
+        _require(ok, f"compress_rates.{kind}", rate, "an integer >= 1")
+
+
+def _positive(value) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
 
 
 def to_dict(cfg: ModelConfig) -> dict:

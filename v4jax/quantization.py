@@ -74,14 +74,15 @@ def resolve(quantization: Quantization, params) -> Resolved:
     """Matches the rules to a model's parameters (arrays or shapes).
 
     Raises ValueError, one line, for an unknown format, a pattern that matches nothing, or a
-    matrix whose shape its format cannot take.
+    matrix or an index head whose shape its format cannot take.
     """
     paths = flat_paths(params)
-    has_index = any("/indexer/" in path for path in paths)
-    sites = [p for p, leaf in paths.items() if len(leaf.shape) >= 2]
-    sites += ACTIVATIONS if has_index else ()
+    shapes = {path: leaf.shape for path, leaf in paths.items() if len(leaf.shape) >= 2}
+    for path, leaf in paths.items():
+        if path.endswith("/indexer/kv_norm/weight"):
+            shapes |= dict.fromkeys(ACTIVATIONS, leaf.shape[-1:])
     chosen, used = {}, set()
-    for site in sites:
+    for site in shapes:
         for pattern, name in quantization.rules:
             if re.fullmatch(pattern, site):
                 chosen[site] = _format(pattern, name, site)
@@ -91,9 +92,9 @@ def resolve(quantization: Quantization, params) -> Resolved:
         if pattern not in used:
             raise ValueError(f"Quantization.rules: pattern {pattern!r} matches no tensor")
     for site, fmt in chosen.items():
-        if site not in ACTIVATIONS:
+        if isinstance(fmt, Format):
             try:
-                fmt.scale_shape(paths[site].shape)
+                fmt.scale_shape(shapes[site])
             except ValueError as error:
                 raise ValueError(f"Quantization.rules: {site}: {error}") from None
     index = IndexFormats(*(chosen.pop(site, None) for site in ACTIVATIONS))

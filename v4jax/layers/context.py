@@ -33,6 +33,7 @@ class Context:
 
     token_ids: int32 [B, T]. positions: int32 [B, T], restarting with each sample.
     segment_ids: int32 [B, T] or None (one sample a row); 0 marks padding.
+    valid: bool [B, T], the tokens that count in loads and auxiliary losses: no padding.
     rotary: attention kind -> (cos, sin) float32 [B, T, r/2] of the tokens.
     windows: attention kind -> its compression windows; a kind without a window is absent.
     entry_rotary: attention kind -> (cos, sin) float32 [B, C, r/2] at each window's first token.
@@ -43,19 +44,13 @@ class Context:
     token_ids: jax.Array
     positions: jax.Array
     segment_ids: jax.Array | None
+    valid: jax.Array
     rotary: dict[str, tuple[jax.Array, jax.Array]]
     windows: dict[str, Windows]
     entry_rotary: dict[str, tuple[jax.Array, jax.Array]]
     index_formats: IndexFormats
     dense_index: jax.Array | bool
     collect: bool
-
-    @property
-    def valid(self) -> jax.Array:
-        """bool [B, T]: false on padding."""
-        if self.segment_ids is None:
-            return jnp.ones_like(self.token_ids, bool)
-        return self.segment_ids > 0
 
 
 def sample_positions(segment_ids: jax.Array) -> jax.Array:
@@ -95,6 +90,7 @@ def make_context(
         token_ids=token_ids,
         positions=positions,
         segment_ids=segment_ids,
+        valid=jnp.ones_like(token_ids, bool) if segment_ids is None else segment_ids > 0,
         rotary={SLIDING: main, CSA: compress, HCA: compress},
         windows=windows,
         entry_rotary={k: rope.table(w.position, frequencies) for k, w in windows.items()},

@@ -38,10 +38,14 @@ class MTP(nnx.Module):
     ) -> tuple[jax.Array, dict]:
         """Main streams, M arrays [B, T, D], and the tokens' embeddings [B, T, D] -> [B, T, D], aux.
 
-        Row t is made from token t+1, so the last row has none and means nothing; no other sees it.
+        Row t is made from token t+1, so a sample's last row has none: it means nothing, no other
+        row sees it, and it does not count in loads and auxiliary losses.
         """
         following = jnp.roll(ctx.token_ids, -1, axis=1)
+        valid = ctx.valid.at[:, -1].set(False)
+        if ctx.segment_ids is not None:
+            valid &= jnp.roll(ctx.segment_ids, -1, axis=1) == ctx.segment_ids
         e = self.e_proj(self.enorm(jnp.roll(embedded, -1, axis=1)))
         x = tuple(e + self.h_proj(self.hnorm(s)) for s in streams)
-        x, aux = self.block(x, dataclasses.replace(ctx, token_ids=following))
+        x, aux = self.block(x, dataclasses.replace(ctx, token_ids=following, valid=valid))
         return self.norm(self.hc_head(x)), aux

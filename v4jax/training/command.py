@@ -4,37 +4,52 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 
 def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
-    """Parses the flags and calls `main`. A ValueError ends in one line and exit code 2.
+    """Parses the flags and calls `main`. Wrong input ends in one line and exit code 2.
 
     quick: flag -> value that --quick sets where the user did not.
     """
 
     def parsed(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"{argv[1]}: not a flag; flags are --name=value")
         values = flags.FLAGS
         if values.quick:
             for name, value in quick.items():
                 if values[name].using_default_value:
                     values[name].value = value
+            compile_quickly()
         if not values["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
         cache_compilations()
         try:
             main()
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, FloatingPointError, OSError) as error:
             if values.traceback:
                 raise
-            print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(error)
 
-    app.run(parsed)
+    app.run(parsed, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise flags.Error(f"{rest[1]}: not a flag; flags are --name=value")
+    except flags.Error as error:
+        _refuse(error)
+    except SystemExit:
+        sys.exit(0)  # --help was asked for and given; absl ends it with 1
+    return rest
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 flags.DEFINE_bool("traceback", False, "[run] Show where an error arose, not just what it is.")
@@ -46,6 +61,15 @@ def fraction_or_steps(name: str) -> int | float:
     if value > 1 and value != int(value):
         raise ValueError(f"--{name}={value}: allowed: a fraction in [0, 1], or whole steps above 1")
     return int(value) if value > 1 else float(value)
+
+
+def compile_quickly() -> None:
+    """Has XLA spend less time on compiling, and more on running: right for a few small steps.
+
+    XLA reads its flags when a backend starts, so no array may exist yet.
+    """
+    flag = "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 def cache_compilations() -> None:

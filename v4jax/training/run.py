@@ -64,6 +64,11 @@ class RunConfig:
                 f"RunConfig.compute_dtype: got {self.compute_dtype!r}, allowed: "
                 + " | ".join(COMPUTE_DTYPES)
             )
+        if self.optimizer.train_indexer and not self.objective.index:
+            raise ValueError(
+                "RunConfig.optimizer.train_indexer: got True, allowed: False, as objective.index "
+                "is 0: without a gradient the indexer would only decay"
+            )
 
     def to_dict(self) -> dict:
         """A JSON-able dict that `from_dict` turns back into an equal config."""

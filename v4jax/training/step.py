@@ -7,6 +7,7 @@ weights is handed to the float32 masters unchanged (straight-through, report 5.2
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ class Objective:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, (int, float)) or value < 0:
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"Objective.{field.name}: got {value!r}, allowed: a number >= 0")
 
 

@@ -1,0 +1,182 @@
+"""Mistakes that others made (and a few of the same kind), planted one at a time: a test must fail.
+
+Each mistake is a change of v4jax's source, made in a copy of the packages; then the test that is
+meant to catch it runs on the copy. It must fail by its numbers, and pass on an unchanged copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = "v4jax/layers"
+OURS = ("v4jax", "kernels_pallas")  # what is copied, changed and imported afresh
+
+# Tests by module and call. The first is a model of two CSA layers, hash and top-k experts, YaRN,
+# 2 Sinkhorn iterations and hc_eps 1e-2: with 20 and 1e-6 three of the mistakes stay below 1e-4.
+MODEL = ("tests.test_model_against_reference", "test_random_model", "csa, at a window's end")
+PACKED = ("tests.test_model_against_reference", "test_padding_may_lie_anywhere")
+YARN = ("tests.layers.test_rope", "test_yarn_table", "ramp past the pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """Replacements in one file; each old text must occur in it exactly once."""
+
+    file: str
+    changes: tuple[tuple[str, str], ...]
+    caught_by: tuple[str, ...] = MODEL
+
+
+def mistake(file: str, old: str, new: str, caught_by=MODEL) -> Mistake:
+    return Mistake(f"{LAYERS}/{file}", ((old, new),), caught_by)
+
+
+MISTAKES = {
+    "mixing matrix not transposed": mistake(
+        "hyper_connections.py", "comb[j, k][..., None]", "comb[k, j][..., None]"
+    ),
+    "post without the factor 2": mistake(
+        "hyper_connections.py", "post = 2 * jax.nn.sigmoid(", "post = jax.nn.sigmoid("
+    ),
+    "sinkhorn starts with rows": mistake(
+        "hyper_connections.py",
+        "comb = sinkhorn(jax.nn.softmax(comb, axis=1) + self.hc_eps, self.iterations, self.hc_eps)",
+        "comb = jnp.swapaxes(jax.nn.softmax(comb, axis=1) + self.hc_eps, 0, 1);"
+        " comb = jnp.swapaxes(sinkhorn(comb, self.iterations, self.hc_eps), 0, 1)",
+    ),
+    "one sinkhorn pair too many": mistake(
+        "hyper_connections.py", "length=iterations - 1)", "length=iterations)"
+    ),
+    "no eps in the input weights": mistake(
+        "hyper_connections.py", "scale[0] + base[:m]) + self.hc_eps", "scale[0] + base[:m])"
+    ),
+    "no eps in the stream head": mistake(
+        "hyper_connections.py",
+        "self.hc_base[...][:, None, None]) + self.hc_eps",
+        "self.hc_base[...][:, None, None])",
+    ),
+    "no inverse rope on the output": mistake(
+        "attention.py", "rope.rotate(o, heads, inverse=True)", "o"
+    ),
+    "entry at position w for w * m": mistake(
+        "windows.py", "position=jnp.broadcast_to(entry * rate, shape)",
+        "position=jnp.broadcast_to(entry, shape)",
+    ),
+    "entry at position w for w * m, packed": mistake(
+        "windows.py", "position=jnp.maximum(position, 0)",
+        "position=jnp.maximum(position, 0) // rate", PACKED,
+    ),
+    "entry visible one token late": mistake(
+        "windows.py", "seen = self.last[:, None] <= token", "seen = self.last[:, None] < token"
+    ),
+    "csa halves swapped": mistake(
+        "compressor.py", "previous = jnp.roll(x[",
+        "x = jnp.roll(x, self.width, axis=-1); previous = jnp.roll(x[",
+    ),
+    "main theta on every layer": mistake(
+        "rope.py", "cfg.qk_rope_head_dim, cfg.compress_rope_theta,",
+        "cfg.qk_rope_head_dim, cfg.rope_theta,",
+    ),
+    "half-split rope": Mistake(
+        f"{LAYERS}/rope.py",
+        (
+            ("reshape(*x.shape[:-1], r // 2, 2)", "reshape(*x.shape[:-1], 2, r // 2)"),
+            ("pairs[..., 0], pairs[..., 1]", "pairs[..., 0, :], pairs[..., 1, :]"),
+            ("odd * cos + even * sin], axis=-1)", "odd * cos + even * sin], axis=-2)"),
+        ),
+    ),
+    "sink scaled by head_dim^-0.5": mistake(
+        "attention.py",
+        "sinks = sinks.astype(jnp.float32)[:, None]",
+        "sinks = sinks.astype(jnp.float32)[:, None] * h**-0.5",
+    ),
+    "window of W + 1 tokens": mistake(
+        "attention.py", "(query - key < window)", "(query - key <= window)"
+    ),
+    "bias inside the routing weights": mistake(
+        "router.py", '"BTKE,BTE->BTK", hot, scores)',
+        '"BTKE,BTE->BTK", hot, scores if self.kind == "hash_moe" else'
+        " scores + self.e_score_correction_bias[...])",
+    ),
+    "no clamp on the shared expert": mistake(
+        "experts.py", "cfg.swiglu_limit if cfg.shared_expert_swiglu_limit else None", "None"
+    ),
+    "gate clamped from below too": mistake(
+        "experts.py", "jnp.minimum(gate, limit)", "jnp.clip(gate, -limit, limit)"
+    ),
+    "no yarn": mistake("rope.py", "if yarn is not None:", "if False:"),
+    "yarn's upper end clamped to r/2 - 1": mistake(
+        "rope.py", "math.ceil(dim(yarn.beta_slow)), r - 1)",
+        "math.ceil(dim(yarn.beta_slow)), r // 2 - 1)", YARN,
+    ),
+}  # fmt: skip
+
+
+def outcome(folder: Path, planted: Mistake | None, test: tuple[str, ...]) -> str:
+    """Copies the packages to `folder`, plants the mistake, runs the test there: what came of it.
+
+    "passed", or the failure as "Type: message".
+    """
+    for package in OURS:
+        shutil.copytree(
+            ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    if planted is not None:
+        path = folder / planted.file
+        text = path.read_text("utf-8")
+        for old, new in planted.changes:
+            assert text.count(old) == 1, f"{planted.file} has {old!r} {text.count(old)} times"
+            text = text.replace(old, new)
+        path.write_text(text, "utf-8")
+    for name in [n for n in sys.modules if n.partition(".")[0] in (*OURS, "tests")]:
+        if name != "tests.test_planted_mistakes":
+            del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(test[0])
+        assert Path(sys.modules["v4jax"].__file__).is_relative_to(folder)
+        getattr(module, test[1])(*test[2:])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        sys.path.remove(str(folder))
+    return "passed"
+
+
+def run_all() -> dict[str, str]:
+    """Every test on an unchanged copy, then every mistake with its test."""
+    runs = {f"unchanged, {test}": (None, test) for test in (MODEL, PACKED, YARN)}
+    runs |= {name: (planted, planted.caught_by) for name, planted in MISTAKES.items()}
+    results = {}
+    for name, (planted, test) in runs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = outcome(Path(folder).resolve(), planted, test)
+    return results
+
+
+@pytest.mark.slow
+def test_each_planted_mistake_is_caught(subtests):
+    program = "import json, tests.test_planted_mistakes as t; print(json.dumps(t.run_all()))"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout.splitlines()[-1])
+    for name, result in results.items():
+        with subtests.test(name):
+            if name.startswith("unchanged"):
+                assert result == "passed"
+            else:
+                assert result.startswith("AssertionError") and "Not equal to tolerance" in result
+    assert len(results) == len(MISTAKES) + 3
