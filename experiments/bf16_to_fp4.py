@@ -185,7 +185,8 @@ def main():
     for seed in range(SEED.value + 1, SEED.value + SEEDS.value):
         results.append(experiment(seed, workdir / f"seed_{seed}"))
     if len(results) > 1:
-        report = attach_seeds([report for report, _ in results])
+        reports = [report for report, _ in results]
+        report = reports[0] | {"seeds": attach_seeds(reports)}
         write_report(workdir, report, results[0][1])
         print(summary(report))
 
