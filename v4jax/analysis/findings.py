@@ -31,13 +31,14 @@ _MEANING = {
 
 
 class Scope(NamedTuple):
-    """What was in FP4: its name, what that means, the prefix of its paths in the report, its part
-    of the report."""
+    """What was rounded: its name, what that means, the prefix of its paths in the report, its part
+    of the report, and to what."""
 
     label: str
     meaning: str
     prefix: str
     found: Mapping[str, Any]
+    format: str = "FP4"
 
     def __str__(self) -> str:
         return f"{self.label[0].upper()}{self.label[1:]} ({self.meaning}):"
@@ -47,10 +48,12 @@ WIDER = {
     "all_linears": (
         "all linears",
         "the paper's scope and every other linear map but embedding, head and routers",
+        "FP4",
     ),
     "all_linears_fp8": (
         "all linears, FP8",
-        "the same weights in FP8, which loses next to nothing: what two trainings differ by anyway",
+        "the same weights in FP8, whose rounding is finer: how far two trainings part anyway",
+        "FP8",
     ),
 }
 
@@ -59,9 +62,9 @@ def scopes(report: Mapping[str, Any]) -> list[Scope]:
     """The scopes that were run, the paper's first."""
     paper = "routed experts, MTP's too, and the indexer's query and key"
     found = [Scope("paper's scope", paper, "", report)]
-    for key, (name, meaning) in WIDER.items():
+    for key, (name, meaning, to) in WIDER.items():
         if report.get(key):
-            found.append(Scope(name, meaning, f"{key}.", report[key]))
+            found.append(Scope(name, meaning, f"{key}.", report[key], to))
     return found
 
 
@@ -81,11 +84,11 @@ def sentences(scope: Scope) -> list[str]:
     for name, label in DIFFERENCES.items():
         interval = scope.found.get(name)
         where = side(interval)
-        found.append(
-            f"{label} = {millinats(interval)} millinats, {SIDES[where]}: {_MEANING[name, where]}."
-            if where
-            else f"{label} is not defined."
-        )
+        if not where:
+            found.append(f"{label} is not defined.")
+            continue
+        meaning = _MEANING[name, where].replace("FP4", scope.format)
+        found.append(f"{label} = {millinats(interval)} millinats, {SIDES[where]}: {meaning}.")
     return [*found, _gap_closed(scope.found)]
 
 
