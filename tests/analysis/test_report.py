@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from v4jax.analysis import findings, plots
-from v4jax.training.metrics import MetricsWriter
 from v4jax.analysis.report import attach_seeds, jsonable, markdown, summary, write_report
+from v4jax.training.metrics import MetricsWriter
 
 
 def interval(mean, low, high):

@@ -1,0 +1,70 @@
+"""The process that test_resume.py kills: two runs, to the switch in BF16 and on from it in QAT.
+
+    python tests/training/resume_worker.py FOLDER [STEP]
+
+Says on stdout where it is; kills itself before the checkpoint of STEP would be there, if asked.
+"""
+
+import functools
+import os
+import pathlib
+import signal
+import sys
+
+from tests.training import tiny
+from v4jax.quantization import PAPER
+from v4jax.training import checkpoint
+from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.run import Branch, Pace, train
+
+SWITCH, STEPS = tiny.SWITCH, tiny.STEPS
+PACE = Pace(log_every=2, save_every=3, keep=(SWITCH,))
+
+
+def say(*words) -> None:
+    print(*words, flush=True)
+
+
+def speak_of_checkpoints(die_before: int | None) -> None:
+    """`saving N` when a save of step N has been handed to its thread; `restored RUN N`."""
+    save, restore, write = Checkpointer.save, Checkpointer.restore, checkpoint.write_atomically
+
+    @functools.wraps(save)
+    def spoken_save(self, step, *arguments, **options):
+        saved = save(self, step, *arguments, **options)
+        say("saving", step)
+        return saved
+
+    @functools.wraps(restore)
+    def spoken_restore(self, *arguments, **options):
+        restored = restore(self, *arguments, **options)
+        say("restored", self.folder.parent.name, restored and restored.step)
+        return restored
+
+    def deadly_write(path, text):  # the record is the last file of a checkpoint
+        if path.parent.name == f"tmp-{die_before}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, text)
+
+    Checkpointer.save, Checkpointer.restore = spoken_save, spoken_restore
+    checkpoint.write_atomically = deadly_write
+
+
+def main(folder: pathlib.Path, die_before: int | None = None) -> None:
+    speak_of_checkpoints(die_before)
+    shared = tiny.trainer()
+    batches = shared.batches
+
+    def spoken_batches(step):
+        say("step", step + 1)
+        return batches(step)
+
+    shared.batches = spoken_batches
+    train(shared, folder / "pretrain", stop=SWITCH, pace=PACE)
+    branch = Branch(folder / "pretrain", SWITCH)
+    train(shared, folder / "qat", stop=STEPS, branch=branch, quantization=PAPER, pace=PACE)
+    say("done")
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))
