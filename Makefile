@@ -22,8 +22,8 @@ demo: venv ## pre-train in BF16, switch to FP4, compare: 10 minutes on two cores
 	.venv/bin/python launch.py --experiment=bf16_to_fp4 --workdir=$(WORKDIR) $(ARGS)
 
 test: venv ## every test but those against torch: the fast ones, the slow ones, those that measure time
-	$(PYTEST) -n $(WORKERS) -m "not slow and not alone" $(ARGS)
-	$(PYTEST) -n $(WORKERS) -m "slow and not alone" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not alone" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "slow and not alone" $(ARGS)
 	$(PYTEST) -m alone $(ARGS)
 
 test-interop: venv-interop ## parity with transformers, in an environment with torch of its own

@@ -59,9 +59,9 @@ def index_scores(operands: Operands, formats: IndexFormats = UNROUNDED) -> jax.A
     products = jnp.einsum("BTIJ,BCJ->BTIC", q, k, preferred_element_type=jnp.float32)
     scores = jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(products), w) * q.shape[-1] ** -0.5
     if formats.scores == "bf16":
-        scores = scores + jax.lax.stop_gradient(
-            scores.astype(jnp.bfloat16).astype(jnp.float32) - scores
-        )
+        # Not a cast there and back, which a compiler may drop; and straight-through.
+        rounded = jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
+        scores = jax.lax.stop_gradient(rounded) + (scores - jax.lax.stop_gradient(scores))
     return scores
 
 

@@ -12,6 +12,7 @@ may branch off another: it then starts from that run's checkpoint, optimizer and
 import dataclasses
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from v4jax.config import ModelConfig
 from v4jax.model import Transformer
 from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share, resolve, table
 from v4jax.training import metrics as metrics_module
-from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.data import Batch
 from v4jax.training.metrics import MetricsWriter, Progress, read_metrics
 from v4jax.training.optimizer import OptimizerConfig, build_optimizer
@@ -236,7 +237,11 @@ def _state_to_go_on_from(
     trainer: Trainer, checkpointer: Checkpointer, branch: Branch | None
 ) -> tuple[TrainState, int]:
     """The run's newest whole checkpoint, else the branch's, else step 0; and its step."""
-    restored = checkpointer.restore(trainer.abstract_state())
+    try:
+        restored = checkpointer.restore(trainer.abstract_state())
+    except DamagedError as error:  # the bits come out the same, only later
+        print(f"{error}; training the run again from its start", file=sys.stderr, flush=True)
+        restored = None
     if restored is None and branch is not None:
         with Checkpointer(branch.folder / "checkpoints") as parent:
             restored = parent.restore(trainer.abstract_state(), branch.step)

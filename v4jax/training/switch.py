@@ -10,6 +10,7 @@ Optimizer state, data position and schedule go on unchanged, so arms differ by t
 
 import dataclasses
 import pathlib
+import sys
 import time
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.quantization import PAPER, Quantization
-from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
 from v4jax.training.run_config import read_config
 from v4jax.training.step import TrainState
@@ -138,7 +139,13 @@ def shared_pretraining(trainer: Trainer, workdir: pathlib.Path, step: int) -> Br
         except (ValueError, TypeError, KeyError):  # another version's, or not ours
             continue
         with Checkpointer(folder / "checkpoints") as checkpointer:
-            if step in checkpointer.steps():
+            if step not in checkpointer.steps():
+                continue
+            try:
+                checkpointer.restore(trainer.abstract_state(), step)
+            except DamagedError as error:
+                print(f"not branching off {folder}: {error}", file=sys.stderr, flush=True)
+            else:
                 return Branch(folder, step)
     return None
 
