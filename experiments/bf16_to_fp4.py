@@ -53,6 +53,9 @@ DTYPE = flags.DEFINE_enum(
 STEPS = integer("steps", 800, "[training] Updates in all.", 2)
 QAT_START = number("qat_start", 0.7, "[fp4] The switch: fraction of the steps, or a step.", 0)
 DECAY_START = number("decay_start", 0.7, "[training] Cosine decay: fraction, or a step.", 0)
+FINAL_FRACTION = number(
+    "final_fraction", 0.1, "[training] Learning rate at the end, of the peak.", 0
+)
 WARMUP = number("warmup", 0.06, "[training] Warm-up: fraction, or steps.", 0)
 DENSE = number("dense", 0.1, "[training] Dense compressed attention first: fraction, or steps.", 0)
 LEARNING_RATE = number("learning_rate", 2.5e-3, "[training] Peak, of Muon and AdamW.", 0)
@@ -92,6 +95,7 @@ def configure(vocab_size: int, data: str, seed: int):
             total_steps=STEPS.value,
             warmup_steps=fraction_or_steps("warmup"),
             decay_start=fraction_or_steps("decay_start"),
+            final_fraction=FINAL_FRACTION.value,
             dense_steps=fraction_or_steps("dense"),
         ),
         optimizer=OptimizerConfig(
