@@ -23,6 +23,7 @@ from absl import flags
 from v4jax.training import command
 from v4jax.training.command import fraction_or_steps
 
+NAME = "bf16_to_fp4"
 string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
 WORKDIR = string("workdir", None, "[run] Folder of the runs and the report.", required=True)
 QUICK = flags.DEFINE_bool("quick", False, "[run] Shrink all that you do not set: a smoke test.")
@@ -171,8 +172,8 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     report["seconds_per_step"] = switch.alternate_steps(trainer, arms.control)
     report["continuation"] = comparison.continuations(trainer, arms, held_out.documents)
     report["what"] = provenance.what(trainer, arms, windows, corpus) | {
-        "experiment": "bf16_to_fp4",
-        "command": shlex.join(sys.argv),
+        "experiment": NAME,
+        "command": shlex.join(["python", "launch.py", f"--experiment={NAME}", *sys.argv[1:]]),
         "preset": PRESET.value,
         "seconds": {"total": time.perf_counter() - began},
     }
