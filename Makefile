@@ -6,7 +6,7 @@
 
 export PYTHON
 ARGS ?=
-WORKDIR ?= runs/demo
+WORKDIR ?= $(if $(findstring --quick,$(ARGS)),runs/quick,runs/demo)
 WORKERS ?= 2
 EXTRAS ?= dev
 

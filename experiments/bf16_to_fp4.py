@@ -32,7 +32,7 @@ SEEDS = integer("seeds", 1, "[run] Repeat with so many seeds, from --seed on: me
 FROM = string("from_checkpoint", None, "[run] <run folder>[@step]: branch off it, no pre-training.")
 SAVE_EVERY = integer("save_every", 100, "[run] Steps between checkpoints.", 1)
 LOG_EVERY = integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
-EVAL_WINDOWS = integer("eval_windows", 1024, "[run] Held-out windows that are compared.", 1)
+EVAL_WINDOWS = integer("eval_windows", 2048, "[run] At most so many held-out windows.", 1)
 
 DATA = string(
     "data", None, "[data] Text, JSONL or Parquet, file or folder. Default: your Python's."
@@ -169,7 +169,9 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     report = comparison.compare(Evaluator(trainer.program, windows, 2 * BATCH_SIZE.value), arms)
     context = ContextModels.fit([text.encode() for _, text in train_part.documents])
     report["bits_per_byte"] |= context.bits_per_byte(windows.covered(held_out.documents))
-    report["seconds_per_step"] = switch.alternate_steps(trainer, arms.control)
+    report["seconds_per_step"] = switch.alternate_steps(
+        trainer, arms.control, arms.scopes["paper"]
+    ) | {"phases": comparison.phase_seconds(arms)}
     report["continuation"] = comparison.continuations(trainer, arms, held_out.documents)
     report["what"] = provenance.what(trainer, arms, windows, corpus) | {
         "experiment": NAME,
@@ -185,6 +187,10 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
 def main():
     from v4jax.analysis.report import attach_seeds, summary, write_report
 
+    if FROM.value and SEEDS.value > 1:
+        raise ValueError("--from_checkpoint: has one seed, so --seeds must be 1")
+    if FROM.value and not flags.FLAGS["qat_start"].using_default_value:
+        raise ValueError("--qat_start: with --from_checkpoint the switch is at its step; name none")
     workdir = pathlib.Path(WORKDIR.value)
     results = [experiment(SEED.value, workdir)]
     for seed in range(SEED.value + 1, SEED.value + SEEDS.value):

@@ -18,7 +18,7 @@ from v4jax import presets
 from v4jax.config import CSA, HCA, SLIDING
 from v4jax.layers.context import IndexFormats
 from v4jax.model import Transformer, abstract_model
-from v4jax.numerics import FORMATS, MXFP4, NVFP4, dequantize, pack, quantize
+from v4jax.numerics import FORMATS, MXFP4, MXFP4_EVEN, dequantize, pack, quantize
 from v4jax.quantization import (
     ALL_LINEARS,
     BF16_INDEX_SCORES,
@@ -104,10 +104,10 @@ def test_the_first_rule_that_matches_wins(params):
     down, up = "mtp/block/mlp/experts/down_proj", "mtp/block/mlp/experts/gate_up_proj"
     rules = ((r"mtp/.*/down_proj", "nvfp4"), (EXPERTS, "mxfp4"))
     found = resolve(Quantization(rules), params).weights
-    assert found[down] == NVFP4 and found[up] == MXFP4
+    assert found[down] == FORMATS["nvfp4"] and found[up] == MXFP4
     rules = ((r"mtp/.*/gate_up_proj", "nvfp4"), (r".*/down_proj", "mxfp4_even"))
     found = resolve(Quantization(rules), params).weights
-    assert found[up] == NVFP4 and found[down].name == "mxfp4_even"
+    assert found[up] == FORMATS["nvfp4"] and found[down].name == "mxfp4_even"
     assert "layers/0/mlp/experts/gate_up_proj" not in found
 
 
@@ -143,9 +143,9 @@ def test_a_shape_that_a_format_cannot_hold_names_the_tensor():
 def test_activations_have_paths_of_their_own(params):
     query = Quantization((("activations/index_query", "mxfp4"),))
     assert resolve(query, params).index == IndexFormats(query=MXFP4)
-    both = Quantization(((r"activations/index_(query|key)", "nvfp4"), BF16_INDEX_SCORES))
+    both = Quantization(((r"activations/index_(query|key)", "mxfp4_even"), BF16_INDEX_SCORES))
     resolved = resolve(both, params)
-    assert resolved.index == IndexFormats(query=NVFP4, key=NVFP4, scores="bf16")
+    assert resolved.index == IndexFormats(query=MXFP4_EVEN, key=MXFP4_EVEN, scores="bf16")
     assert not resolved.weights
 
 
@@ -163,7 +163,13 @@ def test_activations_without_an_indexer_match_nothing():
 def test_an_index_width_that_a_format_cannot_hold_names_the_activation():
     params = shapes(tiny.model(index_head_dim=16))
     assert refused(params, ("activations/index_key", "mxfp4")).startswith("activations/index_key: ")
-    resolve(Quantization((("activations/index_key", "nvfp4"),)), params)
+    params = shapes(tiny.model(index_head_dim=96))
+    assert "index_head_dim is 96" in refused(params, ("activations/index_key", "mxfp4"))
+
+
+def test_a_scale_over_all_tokens_would_show_the_indexer_the_future(params):
+    said = refused(params, ("activations/index_key", "nvfp4"))
+    assert said.startswith("activations/index_key: the scale of nvfp4 spans all tokens")
 
 
 # ---- the printed table ----

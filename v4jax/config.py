@@ -79,7 +79,7 @@ class ModelConfig:
     shared_expert_swiglu_limit: bool = True  # the first release built it without the limit
     init: str = "v4jax"  # or "transformers": its plain initialisation
     scan_layers: bool = False  # stack the repeating unit and scan over it
-    remat: str = "none"  # what a block's backward recomputes: nothing, all but matmuls, all
+    remat: str = "none"  # a block's backward recomputes: nothing, all but its linear maps, all
 
     def __post_init__(self):
         validate(self)

@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
             table = None
             if mlp == "hash_moe":
                 table = hash_table(
-                    hash_seed + layer, counts, cfg.n_routed_experts, cfg.num_experts_per_tok
+                    (hash_seed, layer), counts, cfg.n_routed_experts, cfg.num_experts_per_tok
                 )
             return Block(cfg, rngs, attention, mlp, table)
 
@@ -98,8 +98,12 @@ class Transformer(nnx.Module):
 
         With segment ids nothing crosses a sample's border: the result equals running the samples
         apart. dense_index: CSA attends to every visible entry (the indexer's dense stage).
-        collect: keep what analysis reads in aux.
+        collect: keep what analysis reads in aux. A float32 matmul is one on every platform.
         """
+        with jax.default_matmul_precision("highest"):
+            return self._forward(tokens, segment_ids, dense_index, collect)
+
+    def _forward(self, tokens, segment_ids, dense_index, collect) -> Output:
         ctx = make_context(
             self.config,
             tokens,
@@ -108,7 +112,8 @@ class Transformer(nnx.Module):
             dense_index=dense_index,
             collect=collect,
         )
-        embedded = self.embed_tokens.weight[...].astype(self.dtype)[tokens]
+        # Cast after the gather: its transpose sums the gradient of a token's row in float32.
+        embedded = self.embed_tokens.weight[...][tokens].astype(self.dtype)
         streams = (embedded,) * self.config.hc_mult
         layers_aux = []
         for block in self.layers:
@@ -121,7 +126,8 @@ class Transformer(nnx.Module):
         logits = self._logits(self.norm(self.hc_head(streams)))
         mtp_logits, mtp_aux = None, None
         if self.config.num_nextn_predict_layers:
-            x, mtp_aux = self.mtp(streams, embedded, ctx)
+            mtp = _remat(self.config, lambda s: self.mtp(s, embedded, ctx))
+            x, mtp_aux = mtp(streams)
             mtp_logits = self._logits(x[:, :-1])
         return Output(logits, mtp_logits, {"layers": tuple(layers_aux), "mtp": mtp_aux})
 
@@ -132,7 +138,8 @@ class Transformer(nnx.Module):
         def body(streams, state):
             aux = []
             for block in nnx.merge(graphdef, state):
-                streams, block_aux = _remat(self.config, lambda s, b=block: b(s, ctx))(streams)
+                run = _remat(self.config, lambda s, b=block: b(s, ctx), scanned=True)
+                streams, block_aux = run(streams)
                 aux.append(block_aux)
             return streams, tuple(aux)
 
@@ -150,7 +157,7 @@ def _stacked(block, layer: int, repeats: int, rngs: nnx.Rngs) -> Block:
     return split(make)(rngs)
 
 
-def _remat(cfg: ModelConfig, f):
+def _remat(cfg: ModelConfig, f, scanned: bool = False):
     """Applies the configured rematerialisation policy to a block."""
     if cfg.remat == "none":
         return f
@@ -158,7 +165,7 @@ def _remat(cfg: ModelConfig, f):
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "full": jax.checkpoint_policies.nothing_saveable,
     }[cfg.remat]
-    return jax.checkpoint(f, policy=policy, prevent_cse=not cfg.scan_layers)
+    return jax.checkpoint(f, policy=policy, prevent_cse=not scanned)
 
 
 def abstract_model(cfg: ModelConfig) -> Transformer:

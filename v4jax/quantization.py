@@ -18,7 +18,16 @@ from flax import nnx
 
 from v4jax.layers.context import IndexFormats
 from v4jax.model import Transformer
-from v4jax.numerics import FORMATS, MXFP4, Format, bytes_of, fake_quantize, fp8_tiles, quantize
+from v4jax.numerics import (
+    FORMATS,
+    MXFP4,
+    Format,
+    TwoLevel,
+    bytes_of,
+    fake_quantize,
+    fp8_tiles,
+    quantize,
+)
 
 ACTIVATIONS = ("activations/index_query", "activations/index_key", "activations/index_scores")
 
@@ -93,6 +102,16 @@ def resolve(quantization: Quantization, params) -> Resolved:
             raise ValueError(f"Quantization.rules: pattern {pattern!r} matches no tensor")
     for site, fmt in chosen.items():
         if isinstance(fmt, Format):
+            if site in ACTIVATIONS and shapes[site][0].bit_count() != 1:
+                raise ValueError(
+                    f"Quantization.rules: {site}: index_head_dim is {shapes[site][0]}, the "
+                    "Hadamard rotation before rounding needs a power of two"
+                )
+            if site in ACTIVATIONS and isinstance(fmt.rule, TwoLevel):
+                raise ValueError(
+                    f"Quantization.rules: {site}: the scale of {fmt.name} spans all tokens, later "
+                    "ones too; take a format whose scales are of blocks alone"
+                )
             try:
                 fmt.scale_shape(shapes[site])
             except ValueError as error:

@@ -277,6 +277,8 @@ def test_the_table_of_recalls():
             "min": 0.25,
             "p5": float(np.percentile(values, 5)),
             "per_layer": [0.6875, 0.8125],
+            "per_layer_min": [0.25, 0.5],
+            "per_layer_p5": [float(np.percentile(v, 5)) for v in (values[:4], values[4:])],
             "queries": 8,
         },
         "score": None,

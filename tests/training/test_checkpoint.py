@@ -24,7 +24,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v4jax.training import checkpoint, run_config
-from v4jax.training.checkpoint import Checkpointer, DamagedError
+from v4jax.training.checkpoint import Checkpointer, DamagedError, SaveError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -230,7 +230,7 @@ def test_the_error_of_a_background_save_comes_at_the_next_call(tmp_path, monkeyp
         "save": lambda: checkpointer.save(3, small_state(3), {}),
         "restore": lambda: checkpointer.restore(small_state()),
     }
-    with pytest.raises(RuntimeError, match=r"checkpoint 2 of .* was not saved: OSError.*No space"):
+    with pytest.raises(SaveError, match=r"checkpoint 2 of .* was not saved: OSError.*No space"):
         calls[where]()
     if where == "close":
         return

@@ -26,7 +26,7 @@ def test_another_configuration_is_one_line_with_both_values(tmp_path):
     with pytest.raises(ValueError) as error:
         check_config(tmp_path, other)
     assert str(error.value) == (
-        f"{tmp_path} holds a run of another configuration: "
+        f"{tmp_path} holds a run of another configuration; choose another folder or delete it: "
         "model.hidden_size is 64 there, 128 here, "
         'model.layers is ["csa", "hca"] there, ["csa"] here, '
         "steps is absent there, 5 here"

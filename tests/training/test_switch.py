@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 
 from tests.training import tiny
 from v4jax.quantization import NO_QUANTIZATION, PAPER
-from v4jax.training import switch
+from v4jax.training import run_config, switch
 from v4jax.training.metrics import read_metrics
 from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
 from v4jax.training.run_config import config_hash, write_config
@@ -157,11 +158,39 @@ def test_a_sibling_shares_the_pretraining(first, trainer, capsys):
     folder = first.folder.parent / "second"
     arms = run_arms(recorded.trainer, folder, switch_step=SWITCH, scopes=PAPER_ALONE, pace=PACE)
     assert [step for _, step in recorded.taken()] == [*range(SWITCH, STEPS)] * 2
-    assert arms.branch == first.arms.branch and not (folder / "pretrain").exists()
-    assert arms.folders["pretrain"] == first.folder / "pretrain"
+    assert arms.branch == Branch(folder / "pretrain", SWITCH)
+    assert arms.folders["pretrain"] == folder / "pretrain"
+    assert read_metrics(folder / "pretrain") == read_metrics(first.folder / "pretrain")
     assert tiny.same_bits(arms.control, first.arms.control)
     assert tiny.same_bits(arms.qat, first.arms.qat)
-    assert f"branching off {first.folder / 'pretrain'} at step {SWITCH}" in capsys.readouterr().out
+    assert f"pre-training copied from {first.folder / 'pretrain'}: " in capsys.readouterr().out
+
+
+def test_other_code_does_not_share(first, trainer, monkeypatch):
+    workdir = first.folder.parent / "third"
+    assert shared_pretraining(trainer, workdir, SWITCH) is not None
+    monkeypatch.setattr(run_config, "source_hash", lambda: "0" * 12)
+    assert shared_pretraining(trainer, workdir, SWITCH) is None
+
+
+def test_a_damaged_sibling_is_passed_over(first, trainer, tmp_path):
+    shutil.copytree(first.folder / "pretrain", tmp_path / "a/pretrain")
+    assert shared_pretraining(trainer, tmp_path / "b", SWITCH) is not None
+    (tmp_path / f"a/pretrain/checkpoints/{SWITCH}/record.json").unlink()
+    assert shared_pretraining(trainer, tmp_path / "b", SWITCH) is None
+
+
+def test_arms_of_another_switch_in_the_same_folder_are_refused_before_training(first, trainer):
+    recorded = Recorded(copy.copy(trainer))
+    with pytest.raises(ValueError, match="holds a run of another configuration.*parent"):
+        run_arms(
+            recorded.trainer,
+            first.folder,
+            switch_step=SWITCH + 2,
+            scopes=PAPER_ALONE,
+            pace=PACE,
+        )
+    assert recorded.taken() == []
 
 
 def leaves(value, path=()):
@@ -193,12 +222,17 @@ def test_any_other_configuration_does_not_share(first, trainer):
     assert ("model", "hidden_size") in paths and ("quantization", "rules") in paths
     assert {path[0] for path in paths} == {f.name for f in dataclasses.fields(trainer.config)}
     workdir = first.folder.parent / "third"
-    same = SimpleNamespace(config=SimpleNamespace(hash=config_hash(config)))
-    assert shared_pretraining(same, workdir, SWITCH) == first.arms.branch
+
+    def trainer_of(hash):
+        return SimpleNamespace(
+            config=SimpleNamespace(hash=hash), abstract_state=trainer.abstract_state
+        )
+
+    same = shared_pretraining(trainer_of(config_hash(config)), workdir, SWITCH)
+    assert same is not None and same.step == SWITCH
     for path in paths:
         other = config_hash(changed(config, path))
-        trainer_of_other = SimpleNamespace(config=SimpleNamespace(hash=other))
-        assert shared_pretraining(trainer_of_other, workdir, SWITCH) is None, path
+        assert shared_pretraining(trainer_of(other), workdir, SWITCH) is None, path
 
 
 def test_no_sharing_without_the_step_or_with_a_beginning_of_ones_own(first, trainer):

@@ -85,7 +85,7 @@ class QuickTrainer(Trainer):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self._new = quick_jit(self._initial_state, static_argnums=0)
+        self._new = quick_jit(self._initial_state)
 
     def _step(self, quantization):
         return quick_jit(super()._step(quantization), donate_argnums=0)

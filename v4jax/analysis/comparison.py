@@ -28,6 +28,7 @@ from v4jax.quantization import (
     quantize_params,
     resolve,
 )
+from v4jax.training.metrics import read_metrics
 from v4jax.training.run import Trainer
 from v4jax.training.switch import Arms
 
@@ -107,6 +108,15 @@ def selection(evaluator: Evaluator, arms: Arms, count: int) -> dict:
             "control_ptq": router_agreement(plain, ptq, learned),
         },
     }
+
+
+def phase_seconds(arms: Arms) -> dict[str, float | None]:
+    """Median seconds a step of each run, from its metrics, without the first that compiles."""
+    seconds = {
+        name: [row["seconds_per_step"] for row in read_metrics(folder)][1:]
+        for name, folder in arms.folders.items()
+    }
+    return {name: float(np.median(v)) if v else None for name, v in seconds.items()}
 
 
 def expert_bytes(params, quantization: Quantization) -> dict:

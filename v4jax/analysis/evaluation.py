@@ -124,7 +124,7 @@ def _recall(collected: dict, formats: IndexFormats, top_k: int) -> dict[str, jax
 
 
 def recall_table(choices: Choices) -> dict[str, dict | None]:
-    """`qk` and `score` -> mean, minimum and 5th percentile over queries, and the mean per layer.
+    """`qk` and `score` -> mean, minimum and 5th percentile over queries, in all and per layer.
 
     |top-k of one  intersect  top-k of the other| / k over queries with more than k visible
     entries, lowest index first among equal scores. The report does not define its recall; this is
@@ -143,6 +143,8 @@ def recall_table(choices: Choices) -> dict[str, dict | None]:
             "min": float(every.min()),
             "p5": float(np.percentile(every, 5)),
             "per_layer": [float(values.mean()) for values in layers],
+            "per_layer_min": [float(values.min()) for values in layers],
+            "per_layer_p5": [float(np.percentile(values, 5)) for values in layers],
             "queries": len(every),
         }
     return found

@@ -47,7 +47,8 @@ class Scope(NamedTuple):
 WIDER = {
     "all_linears": (
         "all linears",
-        "the paper's scope and every other linear map but embedding, head and routers",
+        "the paper's scope and every other linear map but embedding, head, routers and "
+        "hyper-connections",
         "FP4",
     ),
     "all_linears_fp8": (
@@ -62,9 +63,11 @@ def scopes(report: Mapping[str, Any]) -> list[Scope]:
     """The scopes that were run, the paper's first."""
     paper = "routed experts, MTP's too, and the indexer's query and key"
     found = [Scope("paper's scope", paper, "", report)]
-    for key, (name, meaning, to) in WIDER.items():
-        if report.get(key):
-            found.append(Scope(name, meaning, f"{key}.", report[key], to))
+    for key, part in report.items():
+        if isinstance(part, Mapping) and "ptq_minus_control" in part:
+            own = (key.replace("_", " "), "as v4jax.quantization.SCOPES has it", "its formats")
+            name, meaning, to = WIDER.get(key, own)
+            found.append(Scope(name, meaning, f"{key}.", part, to))
     return found
 
 
@@ -78,8 +81,11 @@ def side(interval: Mapping[str, Any] | None) -> str:
     return "below" if interval["high"] < 0 else "above"
 
 
-def sentences(scope: Scope) -> list[str]:
-    """What each difference of a scope means, and the share of the gap that QAT closes."""
+def sentences(scope: Scope, base: str) -> list[str]:
+    """What each difference of a scope means, and the share of the gap that QAT closes.
+
+    base: what the control computed in, as `baseline` says.
+    """
     found = []
     for name, label in DIFFERENCES.items():
         interval = scope.found.get(name)
@@ -87,7 +93,7 @@ def sentences(scope: Scope) -> list[str]:
         if not where:
             found.append(f"{label} is not defined.")
             continue
-        meaning = _MEANING[name, where].replace("FP4", scope.format)
+        meaning = _MEANING[name, where].replace("FP4", scope.format).replace("BF16", base)
         found.append(f"{label} = {millinats(interval)} millinats, {SIDES[where]}: {meaning}.")
     return [*found, _gap_closed(scope.found)]
 
@@ -145,8 +151,8 @@ def _seconds(report: Mapping[str, Any]) -> str:
         return ""
     low, high = number(pace.get("ratio_low"), ".3f"), number(pace.get("ratio_high"), ".3f")
     return (
-        f"A QAT step takes {pace['ratio']:.3f} times as long as a BF16 step (quartiles {low} and "
-        f"{high} of {number(pace.get('pairs'))} pairs alternated in one process): "
+        f"A QAT step takes {pace['ratio']:.3f} times as long as an unquantized one (quartiles "
+        f"{low} and {high} of {number(pace.get('pairs'))} pairs alternated in one process): "
         f"{number(pace.get('qat'), '.3f')} s against {number(pace.get('bf16'), '.3f')} s. "
         "Both compute in the same dtype: FP4 is simulated in training."
     )
@@ -197,6 +203,12 @@ def headline(what: Mapping[str, Any]) -> str:
         f"{number(what.get('steps'), ',')} steps, switched at step "
         f"{number(what.get('switch_step'), ',')}"
     )
+
+
+def baseline(report: Mapping[str, Any]) -> str:
+    """What the arms that are not quantized really computed in: "BF16", or what stood in for it."""
+    dtype = number(at(report, "what.compute_dtype"))
+    return "BF16" if dtype == "bfloat16" else dtype
 
 
 def precision(what: Mapping[str, Any]) -> str:

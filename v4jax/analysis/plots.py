@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from v4jax.analysis.findings import DIFFERENCES, Scope, at, number, precision, scopes, side
+from v4jax.analysis.findings import (
+    DIFFERENCES,
+    Scope,
+    at,
+    baseline,
+    number,
+    precision,
+    scopes,
+    side,
+)
 from v4jax.training.context_models import ORDERS
 
 GREY, LIGHT = "#555555", "#BBBBBB"
@@ -23,8 +32,8 @@ CONTROL = "#0072B2"
 SCOPES = {"": "#D55E00", "all_linears.": "#009E73"}  # by the scope's prefix
 # Name of the run -> label, colour, line style and width; the later lie upon the earlier.
 RUNS: dict[str, tuple[str, str, Any, float]] = {
-    "pretrain": ("pre-training, BF16", GREY, "-", 1.6),
-    "control": ("control, BF16", CONTROL, "-", 3.2),
+    "pretrain": ("pre-training, {base}", GREY, "-", 1.6),
+    "control": ("control, {base}", CONTROL, "-", 3.2),
     "qat": ("FP4, paper's scope", SCOPES[""], "-", 1.6),
     "qat_all_linears": ("FP4, all linears", SCOPES["all_linears."], (0, (4, 1.5)), 1.6),
 }
@@ -88,8 +97,9 @@ def draw(report: Mapping[str, Any], histories: Mapping[str, Sequence[Mapping]]):
     if not _recall(last, at(report, "recall.detail") or {}):
         _expert_bytes(last, report.get("expert_bytes") or {})
     present = ["pretrain", "control", "qat", *(["qat_all_linears"] if len(shown) > 1 else [])]
+    base = baseline(report)
     handles = [
-        Line2D([], [], color=color, linestyle=style, linewidth=width, label=label)
+        Line2D([], [], color=color, linestyle=style, linewidth=width, label=label.format(base=base))
         for label, color, style, width in (RUNS[name] for name in present)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=1.8)

@@ -8,6 +8,8 @@ import platform
 
 import jax
 
+from v4jax.analysis.comparison import PART_WINDOWS
+from v4jax.config import CSA
 from v4jax.training.corpus import Corpus
 from v4jax.training.data import Dataset, EvalWindows
 from v4jax.training.run import Trainer
@@ -22,7 +24,7 @@ def environment() -> dict:
     device = jax.devices()[0]
     kind = device.device_kind
     return {
-        "device": _processor() if device.platform == "cpu" else f"{kind} x {jax.device_count()}",
+        "device": _processor() if device.platform == "cpu" else kind,
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -52,9 +54,13 @@ def parameters(trainer: Trainer) -> int:
 
 
 def describe(trainer: Trainer, dataset: Dataset) -> str:
-    """Two lines that say what is about to run."""
+    """Two lines that say what is about to run, and one more where the indexer has no choice."""
     config, env = trainer.config, environment()
     tokens = config.batch_size * config.sequence_length * config.schedule.total_steps
+    entries = config.sequence_length // config.model.compress_rates.compressed_sparse_attention
+    idle = CSA in config.model.layer_types and entries <= config.model.index_topk
+    note = f"\nnote: rows hold {entries} CSA entries, index_topk is {config.model.index_topk}: all "
+    note += "are attended, the indexer never chooses; a longer --sequence_length changes that"
     return (
         f"model: {parameters(trainer):,} parameters, {config.model.num_hidden_layers} layers; "
         f"computes in {config.compute_dtype} with float32 masters\n"
@@ -62,6 +68,7 @@ def describe(trainer: Trainer, dataset: Dataset) -> str:
         f"{config.sequence_length} tokens = {tokens:,} tokens, "
         f"{tokens / max(dataset.num_tokens, 1):.2f} epochs; {trainer.tokenizer.name}; "
         f"Python {env['python']}, jax {env['jax']}, {env['device']}, {env['cores']} cores"
+        + (note if idle else "")
     )
 
 
@@ -89,5 +96,5 @@ def what(trainer: Trainer, arms: Arms, windows: EvalWindows, corpus: Corpus) -> 
         "eval_documents": len(set(windows.document.tolist())),
         "eval_tokens": predicted,
         "eval_bytes": int(windows.num_bytes.sum()),
-        "part_windows": min(256, len(windows.tokens)),
+        "part_windows": min(PART_WINDOWS, len(windows.tokens)),
     }

@@ -61,7 +61,11 @@ def summary(report: Mapping[str, Any]) -> str:
     lines = [f"{findings.headline(what)}.", findings.precision(what)]
     lines.append(findings.context_models(report))
     for scope in scopes(report):
-        lines += ["", str(scope), *(f"  {text}" for text in findings.sentences(scope))]
+        lines += [
+            "",
+            str(scope),
+            *(f"  {text}" for text in findings.sentences(scope, findings.baseline(report))),
+        ]
     lines += ["", *findings.costs(report), *findings.over_seeds(report)]
     wrapped = (textwrap.fill(line, 100, subsequent_indent="    ") for line in lines)
     return "\n".join([_arms(report), "", *wrapped])
@@ -151,7 +155,10 @@ def _what_was_run(what: Mapping[str, Any]) -> str:
 def _arms(report: Mapping[str, Any]) -> str:
     """The table of arms and context models, for Markdown and the terminal."""
     bits = report["bits_per_byte"]
-    rows: list[tuple] = [("control, BF16", report["loss"]["control"], bits["control"], None, None)]
+    base = findings.baseline(report)
+    rows: list[tuple] = [
+        (f"control, {base}", report["loss"]["control"], bits["control"], None, None)
+    ]
     for scope in scopes(report):
         loss, own = scope.found["loss"], scope.found["bits_per_byte"]
         gap, won, left = (millinats(scope.found.get(name)) for name in DIFFERENCES)
@@ -165,14 +172,18 @@ def _arms(report: Mapping[str, Any]) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> str:
+    base = findings.baseline(report)
     parts = [
         f"## What came out\n\n{_arms(report)}",
         "Differences in millinats (0.001 nats) a token, paired on the same windows, with 95% "
         "bootstrap intervals over held-out documents; they hold for the weights of this run, and "
-        "another seed adds a spread of its own. Control: BF16 to the end. PTQ: the control's final "
-        "weights rounded to FP4. QAT: trained in FP4 from the switch on, on the control's data in "
-        "the control's order.",
-        *(_bullets(str(scope), findings.sentences(scope)) for scope in scopes(report)),
+        f"another seed adds a spread of its own. Control: {base} to the end. PTQ: the control's "
+        "final weights rounded to FP4. QAT: trained in FP4 from the switch on, on the control's "
+        "data in the control's order.",
+        *(
+            _bullets(str(scope), findings.sentences(scope, findings.baseline(report)))
+            for scope in scopes(report)
+        ),
         findings.context_models(report),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -21,8 +21,10 @@ def generate(
 
     length: tokens of context that the model sees at a time; when they are full, the older half
     is dropped. temperature 0 takes the likeliest token. forbid: ids that are never produced.
-    Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt or a length below 2.
     """
+    if length < 2:
+        raise ValueError(f"generate: length is {length}, allowed: 2 or more")
     if not len(prompt):
         raise ValueError("generate: the prompt is empty; give at least one token")
     banned = np.zeros(model.config.vocab_size, np.float32)

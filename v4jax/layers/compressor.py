@@ -7,8 +7,8 @@
          slots, m of window w-1 (first half; absent for a sample's first window) and m of w.
     e_w <- rope(rmsnorm(e_w) * kv_norm, position of the window's first token)
 
-Softmax and sum in float32. Names: the report's C^a is the current window's series, C^b the
-previous one's; transformers' docstrings swap the letters. Departures: none.
+Projections, softmax and sum in float32. Names: the report's C^a is the current window's series,
+C^b the previous one's; transformers' docstrings swap the letters. Departures: none.
 """
 
 import jax
@@ -39,8 +39,9 @@ class Compressor(nnx.Module):
 
         rotary: (cos, sin) [B, C, r/2] at each window's first token.
         """
-        kv = windows.split(self.kv_proj(x).astype(jnp.float32))  # [B C m width or 2 width]
-        gate = windows.split(self.gate_proj(x).astype(jnp.float32)) + self.position_bias[...]
+        x32 = x.astype(jnp.float32)
+        kv = windows.split(self.kv_proj(x32))  # [B C m width or 2 width]
+        gate = windows.split(self.gate_proj(x32)) + self.position_bias[...]
         if self.overlap:
             kv = self._with_previous(kv, 0.0, windows)
             gate = self._with_previous(gate, -jnp.inf, windows)

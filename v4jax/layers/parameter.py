@@ -1,7 +1,8 @@
 """How parameters are declared and initialised: once, with their logical axes.
 
-Every parameter is made by `parameter(...)` where its layer is built, in float32. Its logical axis
-names travel with it; `v4jax.parallel` maps them to mesh axes. The roles are this table:
+Every parameter is made by `parameter(...)` (hyper-connection bases by `stream_base`) where its
+layer is built, in float32. Its logical axis names travel with it; `v4jax.parallel` maps them to
+mesh axes. The roles are this table:
 
     role       init="v4jax"                             init="transformers"
     matrix     normal(0, initializer_range)             same

@@ -100,7 +100,7 @@ def updated_bias(bias: jax.Array, load: jax.Array, speed) -> jax.Array:
     return bias + speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
 
 
-def hash_table(seed: int, counts: np.ndarray, experts: int, k: int) -> np.ndarray:
+def hash_table(seed: int | tuple[int, ...], counts: np.ndarray, experts: int, k: int) -> np.ndarray:
     """tid2eid: int32 [V, K], K distinct experts a token, balanced over `counts`.
 
     Tokens are dealt in order of count, heaviest first, in rounds of E // K tokens; a round gives

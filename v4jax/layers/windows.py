@@ -62,7 +62,12 @@ class Windows:
         slot = positions % rate
         end = jnp.arange(length, dtype=jnp.int32) + rate - 1 - slot
         inside = jnp.minimum(end, length - 1)
-        same = (end < length) & (jnp.take_along_axis(segment_ids, inside, axis=1) == segment_ids)
+        # Positions tell samples apart where ids do not: padding is 0 on both sides of a sample.
+        same = (
+            (end < length)
+            & (jnp.take_along_axis(segment_ids, inside, axis=1) == segment_ids)
+            & (jnp.take_along_axis(positions, inside, axis=1) == positions + rate - 1 - slot)
+        )
         place = (jnp.take_along_axis(closed, inside, axis=1) - 1) * rate + slot
         return cls(
             rate=rate,

@@ -42,6 +42,10 @@ from v4jax.training.run_config import canonical, reason, some, write_atomically
 _log = logging.getLogger(__name__)
 
 
+class SaveError(OSError):
+    """A checkpoint was not saved."""
+
+
 class DamagedError(ValueError):
     """A checkpoint's files are missing, unreadable, or hold other bytes than were saved."""
 
@@ -100,7 +104,7 @@ class Checkpointer:
           wait: whether to return only when the checkpoint is on disk.
 
         Returns: whether it was saved, rather than there already.
-        Raises: RuntimeError if the previous save failed, or this one and `wait`. ValueError naming
+        Raises: SaveError if the previous save failed, or this one and `wait`. ValueError naming
           the leaf, if one is not an array of this process or weakly typed; if `meta` is not JSON.
         """
         self.wait()
@@ -148,14 +152,14 @@ class Checkpointer:
                 shutil.rmtree(self.folder / f"tmp-{old}")
 
     def wait(self) -> None:
-        """Returns when no save runs. Raises RuntimeError if the last one failed, once."""
+        """Returns when no save runs. Raises SaveError if the last one failed, once."""
         if self._running is None:
             return
         (step, future), self._running = self._running, None
         try:
             future.result()
         except Exception as error:
-            raise RuntimeError(
+            raise SaveError(
                 f"checkpoint {step} of {self.folder} was not saved: {reason(error)}"
             ) from error
 

@@ -31,6 +31,11 @@ def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
             if values.traceback:
                 raise
             _refuse(error)
+        except KeyboardInterrupt:
+            print(
+                "\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr
+            )
+            sys.exit(130)
 
     app.run(parsed, flags_parser=_parse)
 
@@ -58,7 +63,7 @@ flags.DEFINE_bool("traceback", False, "[run] Show where an error arose, not just
 def fraction_or_steps(name: str) -> int | float:
     """The value of flag `name`: a fraction up to 1, a number of steps above."""
     value: float = flags.FLAGS[name].value or 0.0
-    if value > 1 and value != int(value):
+    if value > 1 and not float(value).is_integer():
         raise ValueError(f"--{name}={value}: allowed: a fraction in [0, 1], or whole steps above 1")
     return int(value) if value > 1 else float(value)
 

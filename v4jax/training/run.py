@@ -11,10 +11,11 @@ may branch off another: it then starts from that run's checkpoint, optimizer and
 
 import dataclasses
 import functools
+import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,14 @@ from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.data import Batch
 from v4jax.training.metrics import MetricsWriter, Progress, read_metrics
 from v4jax.training.optimizer import OptimizerConfig, build_optimizer
-from v4jax.training.run_config import check_config, config_hash, read_config, write_config
+from v4jax.training.run_config import (
+    canonical,
+    check_config,
+    config_hash,
+    read_config,
+    write_config,
+    write_source,
+)
 from v4jax.training.schedule import ScheduleConfig, learning_rate_scale
 from v4jax.training.step import Objective, Program, TrainState, make_train_step, split_model
 from v4jax.training.tokenizer import Tokenizer
@@ -69,6 +77,12 @@ class RunConfig:
             raise ValueError(
                 "RunConfig.optimizer.train_indexer: got True, allowed: False, as objective.index "
                 "is 0: without a gradient the indexer would only decay"
+            )
+        mtp = self.schedule.mtp_weight or self.schedule.mtp_weight_decayed
+        if self.optimizer.train_mtp and self.model.num_nextn_predict_layers and not mtp:
+            raise ValueError(
+                "RunConfig.optimizer.train_mtp: got True, allowed: False, as MTP weights are 0: "
+                "without a gradient the module would only decay"
             )
 
     def to_dict(self) -> dict:
@@ -118,7 +132,7 @@ class Trainer:
         tokenizer: Tokenizer,
     ):
         self.config, self.batches, self.tokenizer = config, batches, tokenizer
-        self._new = jax.jit(self._initial_state, static_argnums=0)
+        self._new = jax.jit(self._initial_state)
         self._counts = token_counts
         model = nnx.eval_shape(self._model)
         self.program = Program.of(model)
@@ -131,6 +145,12 @@ class Trainer:
         )
         self.step = functools.cache(self._step)
 
+    def arm_config(self, quantization: Quantization, parent: str, step: int) -> RunConfig:
+        """The configuration of an arm that branches off the run with hash `parent` at `step`."""
+        return dataclasses.replace(
+            self.config, quantization=quantization, parent=f"{parent}@{step}"
+        )
+
     def _model(self) -> Transformer:
         return Transformer(
             self.config.model,
@@ -140,17 +160,17 @@ class Trainer:
             hash_seed=self.config.seed,
         )
 
-    def _initial_state(self, seed: int) -> TrainState:
+    def _initial_state(self) -> TrainState:
         params, variables = split_model(self._model())
         return TrainState(jnp.zeros((), jnp.int32), params, variables, self.optimizer.init(params))
 
     def initial_state(self) -> TrainState:
         """Step 0, from the config's seed."""
-        return self._new(self.config.seed)
+        return self._new()
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
-        return jax.eval_shape(functools.partial(self._initial_state, self.config.seed))
+        return jax.eval_shape(self._initial_state)
 
     def _step(self, quantization: Quantization):
         return make_train_step(
@@ -192,17 +212,21 @@ def train(
     Raises ValueError, one line, where the folder holds another configuration; FloatingPointError
     where the loss is no longer finite.
     """
-    parent = f"{read_run_config(branch.folder).hash}@{branch.step}" if branch else ""
-    config = dataclasses.replace(trainer.config, quantization=quantization, parent=parent)
+    config = dataclasses.replace(trainer.config, quantization=quantization)
+    if branch is not None:
+        config = trainer.arm_config(quantization, read_run_config(branch.folder).hash, branch.step)
     if not check_config(folder, config.to_dict()):
         trainer.tokenizer.save(folder)
+        write_source(folder)
         write_config(folder, config.to_dict())
     checkpointer = Checkpointer(
         folder / "checkpoints", max_to_keep=pace.max_to_keep, keep=pace.keep
     )
     with checkpointer:
-        state, first = _state_to_go_on_from(trainer, checkpointer, branch)
-        if first >= stop:
+        state, first = _state_to_go_on_from(trainer, checkpointer, config, branch)
+        if first > stop:
+            raise ValueError(f"{folder} is at step {first} already, past step {stop}")
+        if first == stop:
             return state
         if quantization.rules:
             print_quantization(quantization, trainer.params)
@@ -219,8 +243,8 @@ def train(
                 progress.update(step, metrics["loss"])
                 logs = step % pace.log_every == 0 or step in (start + 1, stop)
                 saves = step % pace.save_every == 0 or step == stop or step in pace.keep
-                if (logs or saves) and not np.isfinite(loss := float(metrics["loss"])):
-                    raise FloatingPointError(f"{folder.name}: the loss is {loss} at step {step}")
+                if logs or saves:
+                    require_finite(metrics, f"{folder.name}, step {step}")
                 if logs:
                     seconds = (time.perf_counter() - since) / (step - logged)
                     if lossless is not None:
@@ -233,8 +257,18 @@ def train(
     return state
 
 
+def require_finite(metrics: Mapping[str, jax.Array], where: str) -> None:
+    """Raises FloatingPointError where the loss or the gradient that was just applied is not finite.
+
+    Before anything is saved: a restart would go on from what is lost.
+    """
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(value := float(metrics[name])):
+            raise FloatingPointError(f"{where}: {name} is {value}")
+
+
 def _state_to_go_on_from(
-    trainer: Trainer, checkpointer: Checkpointer, branch: Branch | None
+    trainer: Trainer, checkpointer: Checkpointer, config: RunConfig, branch: Branch | None
 ) -> tuple[TrainState, int]:
     """The run's newest whole checkpoint, else the branch's, else step 0; and its step."""
     try:
@@ -242,6 +276,8 @@ def _state_to_go_on_from(
     except DamagedError as error:  # the bits come out the same, only later
         print(f"{error}; training the run again from its start", file=sys.stderr, flush=True)
         restored = None
+    if restored is not None and restored.meta["config"] != json.loads(canonical(config.to_dict())):
+        raise ValueError(f"{checkpointer.folder}/{restored.step} is of another configuration")
     if restored is None and branch is not None:
         with Checkpointer(branch.folder / "checkpoints") as parent:
             restored = parent.restore(trainer.abstract_state(), branch.step)

@@ -69,8 +69,34 @@ def check_config(folder: str | os.PathLike, config: dict[str, Any]) -> bool:
         if there.get(field) != here.get(field)
     ]
     if differ:
-        raise ValueError(f"{folder} holds a run of another configuration: {some(differ, 20)}")
+        raise ValueError(
+            f"{folder} holds a run of another configuration; choose another folder or delete it: "
+            + some(differ, 20)
+        )
     return True
+
+
+def source_hash() -> str:
+    """12 hex digits over this package's source: other code may train otherwise."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for path in sorted([*(root / "v4jax").rglob("*.py"), *(root / "kernels_pallas").rglob("*.py")]):
+        digest.update(f"{path.relative_to(root).as_posix()} ".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def write_source(folder: str | os.PathLike) -> None:
+    """Notes in `<folder>/source.txt` which code began the run."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "source.txt", source_hash() + "\n")
+
+
+def same_source(folder: str | os.PathLike) -> bool:
+    """Whether the run in `folder` was begun by this very code."""
+    path = pathlib.Path(folder) / "source.txt"
+    return path.is_file() and path.read_text(encoding="utf-8").strip() == source_hash()
 
 
 def config_hash(config: dict[str, Any]) -> str:

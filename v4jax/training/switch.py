@@ -10,17 +10,19 @@ Optimizer state, data position and schedule go on unchanged, so arms differ by t
 
 import dataclasses
 import pathlib
-import sys
+import shutil
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax.quantization import PAPER, Quantization
-from v4jax.training.checkpoint import Checkpointer, DamagedError
+from v4jax.quantization import NO_QUANTIZATION, PAPER, Quantization, resolve
+from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.metrics import MetricsWriter
 from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
-from v4jax.training.run_config import read_config
+from v4jax.training.run_config import check_config, read_config, same_source
+from v4jax.training.schedule import phase
 from v4jax.training.step import TrainState
 
 
@@ -53,23 +55,28 @@ def run_arms(
     """Trains, or resumes, every arm below `workdir`: the control and one for each of `scopes`.
 
     from_checkpoint: "<run folder>[@step]": branch off that run instead of pre-training. Without
-    it, a sibling of `workdir` that pre-trained under an equal configuration to the same step is
-    branched off. Raises ValueError, one line, where the two do not fit.
+    it, the pre-training of a sibling of `workdir` is copied where it is the very same. Raises
+    ValueError, one line, where the two do not fit.
     """
     total = trainer.config.schedule.total_steps
     if not 0 < switch_step < total:
         raise ValueError(f"--qat_start: step {switch_step} is not within 1..{total - 1}")
     pace = dataclasses.replace(pace, keep=(switch_step,))
+    for quantization in scopes.values():
+        resolve(quantization, trainer.params)  # what cannot work ends here, not after pre-training
     if from_checkpoint:
         branch = parse_branch(from_checkpoint)
         check_fit(trainer, branch)
-    else:
-        branch = shared_pretraining(trainer, workdir, switch_step)
-    if branch is None:
-        branch = Branch(workdir / "pretrain", switch_step)
-        train(trainer, branch.folder, stop=switch_step, pace=pace)
-    else:
         print(f"branching off {branch.folder} at step {branch.step}", flush=True)
+    else:
+        branch = Branch(workdir / "pretrain", switch_step)
+        check_config(branch.folder, trainer.config.to_dict())
+    check_arms(trainer, workdir, branch, scopes)
+    if not from_checkpoint:
+        shared = shared_pretraining(trainer, workdir, switch_step)
+        if shared is not None:
+            copy_pretraining(shared, branch.folder)
+        train(trainer, branch.folder, stop=switch_step, pace=pace)
     control = train(trainer, workdir / "control", stop=total, branch=branch, pace=pace)
     qat = {
         scope: train(
@@ -118,6 +125,11 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
     differ = [f"{name} is {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b]
     if differ:
         raise ValueError(f"--from_checkpoint={branch.folder} does not fit: {', '.join(differ)}")
+    before, after = (dataclasses.astuple(phase(c.schedule, branch.step)) for c in (parent, mine))
+    if before != after:
+        names = "learning rate (of its peak), MTP weight, dense attention"
+        print(f"the schedules differ at step {branch.step}: {names}")
+        print(f"  there {[float(x) for x in before]}, here {[float(x) for x in after]}", flush=True)
     if branch.step >= mine.schedule.total_steps:
         raise ValueError(
             f"--from_checkpoint={branch.folder}@{branch.step}: nothing is left to train, "
@@ -125,29 +137,52 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
         )
 
 
-def shared_pretraining(trainer: Trainer, workdir: pathlib.Path, step: int) -> Branch | None:
-    """A sibling's pre-training with this run's configuration hash and a checkpoint at `step`.
+def check_arms(
+    trainer: Trainer, workdir: pathlib.Path, branch: Branch, scopes: dict[str, Quantization]
+) -> None:
+    """Raises ValueError, one line, where a folder holds an arm of another branch or configuration.
 
-    None where `workdir` has begun its own, or no sibling fits.
+    Before pre-training goes on, and drops the checkpoint that such an arm branched off.
+    """
+    config = read_config(branch.folder) and read_run_config(branch.folder)
+    parent = (config or trainer.config).hash
+    arms = {"control": NO_QUANTIZATION} | {arm_name(s): q for s, q in scopes.items()}
+    for name, quantization in arms.items():
+        check_config(
+            workdir / name, trainer.arm_config(quantization, parent, branch.step).to_dict()
+        )
+
+
+def shared_pretraining(trainer: Trainer, workdir: pathlib.Path, step: int) -> Branch | None:
+    """The very same pre-training in a folder beside `workdir`, or None.
+
+    That is: of an equal configuration, begun by the same code, with a whole checkpoint at `step`.
+    None where the run has begun its own.
     """
     if read_config(workdir / "pretrain") is not None or not workdir.parent.is_dir():
         return None
     for folder in sorted(workdir.parent.glob("*/pretrain")):
         try:
-            if read_run_config(folder).hash != trainer.config.hash:
+            if read_run_config(folder).hash != trainer.config.hash or not same_source(folder):
                 continue
-        except (ValueError, TypeError, KeyError):  # another version's, or not ours
-            continue
-        with Checkpointer(folder / "checkpoints") as checkpointer:
-            if step not in checkpointer.steps():
-                continue
-            try:
+            with Checkpointer(folder / "checkpoints") as checkpointer:
                 checkpointer.restore(trainer.abstract_state(), step)
-            except DamagedError as error:
-                print(f"not branching off {folder}: {error}", file=sys.stderr, flush=True)
-            else:
-                return Branch(folder, step)
+            return Branch(folder, step)
+        except (ValueError, TypeError, KeyError):  # another version's, damaged, or without the step
+            continue
     return None
+
+
+def copy_pretraining(source: Branch, folder: pathlib.Path) -> None:
+    """Makes `folder` the run in `source.folder` as it was at `source.step`, whole or not at all."""
+    temporary = folder.with_name("pretrain.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source.folder, temporary, ignore=shutil.ignore_patterns("checkpoints"))
+    checkpoint = pathlib.Path("checkpoints", str(source.step))
+    shutil.copytree(source.folder / checkpoint, temporary / checkpoint)
+    MetricsWriter(temporary, source.step).close()  # drops what came after
+    temporary.rename(folder)
+    print(f"pre-training copied from {source.folder}: same configuration, same code", flush=True)
 
 
 def alternate_steps(
