@@ -21,10 +21,15 @@ help: ## list the targets
 demo: venv ## pre-train in BF16, switch to FP4, compare: 10 minutes on two cores, result in runs/demo
 	.venv/bin/python launch.py --experiment=bf16_to_fp4 --workdir=$(WORKDIR) $(ARGS)
 
+# With ARGS one run of all, since a selection (ARGS="-k sinkhorn") may leave a stage without a test.
 test: venv ## every test but those against torch: the fast ones, the slow ones, those that measure time
-	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not alone" $(ARGS)
-	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "slow and not alone" $(ARGS)
-	$(PYTEST) -m alone $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not alone"
+	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "slow and not alone"
+	$(PYTEST) -m alone
+else
+	$(PYTEST) $(ARGS)
+endif
 
 test-interop: venv-interop ## parity with transformers, in an environment with torch of its own
 	.venv-interop/bin/python -m pytest --durations=10 tests/interop $(ARGS)
