@@ -239,5 +239,6 @@ def test_wrong_input_is_one_line(command, tmp_path, flag):
 def test_a_folder_of_another_run_is_one_line(done, command):
     run = launch(*command, "--learning_rate=0.001")
     assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert "pretrain holds a run of another configuration: optimizer.learning_rate is" in run.stderr
+    assert "pretrain holds a run of another configuration; choose another folder" in run.stderr
+    assert ": optimizer.learning_rate is " in run.stderr
     assert "0.0025 there, 0.001 here" in run.stderr
