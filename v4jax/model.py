@@ -174,7 +174,7 @@ def abstract_model(cfg: ModelConfig) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0), token_counts=counts))
 
 
-PARTS = (  # first match wins; the rows of architecture.md section 10
+PARTS = (  # first match wins
     ("MTP module", "mtp/"),
     ("embedding", "embed_tokens/"),
     ("lm_head", "lm_head/"),

@@ -128,7 +128,7 @@ def recall_table(choices: Choices) -> dict[str, dict | None]:
 
     |top-k of one  intersect  top-k of the other| / k over queries with more than k visible
     entries, lowest index first among equal scores. The report does not define its recall; this is
-    our definition (kernels.md 6.7). None where no query has more than k visible entries.
+    our definition. None where no query has more than k visible entries.
     """
     found: dict[str, dict | None] = {}
     for name in ("qk", "score"):

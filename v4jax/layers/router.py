@@ -74,7 +74,7 @@ class Router(nnx.Module):
 
 
 def sqrtsoftplus(z: jax.Array) -> jax.Array:
-    """sqrt(softplus(z)) with a finite gradient everywhere (training.md: NaN below -88 otherwise).
+    """sqrt(softplus(z)) with a finite gradient everywhere (the plain form has NaN below -88).
 
     exp(half the logarithm); far below zero log softplus(z) is z to float32's precision.
     """
