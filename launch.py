@@ -5,7 +5,7 @@ the experiment's and goes to it unchanged, --workdir too; `--experiment=NAME --h
 experiment replaces this process, so its exit code is the launcher's and signals reach it.
 
 `python -m experiments.NAME` works too, but some settings must stand in the environment before a
-process starts: on a CPU, huge pages make a training step about a third faster.
+process starts: on a CPU, huge pages make a training step faster.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def huge_pages(environ: Mapping[str, str]) -> dict[str, str]:
     """The setting that gives a CPU run huge pages; empty where it is not wanted or not known.
 
     XLA's CPU client maps and returns the memory of its temporaries at every step, and with pages of
-    4 KiB a third of the step goes into faults. glibc reads the variable only as a process starts.
+    4 KiB much of the step goes into faults. glibc reads the variable only as a process starts.
     """
     if "GLIBC_TUNABLES" in environ:  # the user's own stands
         return {}

@@ -271,7 +271,7 @@ def test_ptq_and_qat_are_one_forward_pass(model):
 
     def in_a_step(params, tokens):
         rounded = quantize_params(params, resolved.weights)
-        bound = evaluator.program.bind(rounded, variables, resolved)
+        bound = evaluator.program.bind(rounded, variables, resolved.index)
         return bound(tokens).logits, rounded
 
     logits, rounded = quick_jit(in_a_step)(params, tokens[:2, :-1])

@@ -25,7 +25,7 @@ from v4jax.quantization import (
     Quantization,
     flat_paths,
     lossless_share,
-    quantize_params,
+    quantized,
     resolve,
 )
 from v4jax.training.metrics import read_metrics
@@ -43,7 +43,7 @@ def compare(evaluator: Evaluator, arms: Arms) -> dict:
     """
     windows, paired = evaluator.windows, Paired(evaluator.windows)
     control = evaluator.nll(arms.control.params, arms.control.variables)
-    gaps = gap_by_part(evaluator, arms, PART_WINDOWS)
+    gaps = gap_by_part(evaluator, arms, control[:PART_WINDOWS])
     report: dict = {"all_linears": None}
     for scope, state in arms.qat.items():
         quantization = arms.scopes[scope]
@@ -73,11 +73,13 @@ def _interval(interval: Interval) -> dict[str, float]:
     return dataclasses.asdict(interval)
 
 
-def gap_by_part(evaluator: Evaluator, arms: Arms, count: int) -> dict:
-    """PTQ - control with each part of any scope alone in FP4, on the first `count` windows."""
+def gap_by_part(evaluator: Evaluator, arms: Arms, base: np.ndarray) -> dict:
+    """PTQ - control with each part of any scope alone in FP4, on the first windows.
+
+    base: the control's nll on them.
+    """
+    control, count = arms.control, len(base)
     paired = Paired(evaluator.windows, count)
-    control = arms.control
-    base = evaluator.nll(control.params, control.variables, count=count)
     rules = {rule for scope in arms.scopes.values() for rule in scope.rules}
     gaps = {}
     for part, rule in PARTS.items():
@@ -123,9 +125,10 @@ def expert_bytes(params, quantization: Quantization) -> dict:
     """Bytes of the routed experts in BF16 and packed, counted on the packed arrays themselves."""
     resolved = resolve(quantization, params)
     flat = flat_paths(params)
+    packed_as = jax.jit(lambda w, fmt: pack(quantize(w, fmt)), static_argnums=1)
     bf16 = fp4 = 0
     for path, fmt in resolved.weights.items():
-        packed = jax.jit(lambda w, fmt=fmt: pack(quantize(w, fmt)))(flat[path])
+        packed = packed_as(flat[path], fmt)
         fp4 += sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
         bf16 += 2 * flat[path].size
     return {"bf16": bf16, "fp4": fp4, "ratio": bf16 / fp4}
@@ -142,9 +145,7 @@ def continuations(trainer: Trainer, arms: Arms, documents, num_bytes: int = 200)
     ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)]).astype(np.int32)
 
     def continued(state, quantization: Quantization) -> str:
-        resolved = resolve(quantization, state.params)
-        params = quantize_params(state.params, resolved.weights)
-        model = trainer.program.bind(params, state.variables, resolved)
+        model = quantized(trainer.program.bind(state.params, state.variables), quantization)
         produced = generate(
             model,
             ids,

@@ -42,13 +42,8 @@ class Evaluator:
         resolved = resolve(quantization, params)
         return quantize_params(params, resolved.weights), resolved.index
 
-    def _model(self, index: IndexFormats, params, variables):
-        model = self.program.bind(params, variables)
-        model.index_formats = index
-        return model
-
     def _batch_nll(self, index, params, variables, tokens, mask):
-        logits = self._model(index, params, variables)(tokens[:, :-1]).logits
+        logits = self.program.bind(params, variables, index)(tokens[:, :-1]).logits
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.sum(nll * mask, axis=1)
 
@@ -66,7 +61,7 @@ class Evaluator:
         return np.concatenate(sums)
 
     def _batch_choices(self, index, params, variables, tokens):
-        out = self._model(index, params, variables)(tokens[:, :-1], collect=True)
+        out = self.program.bind(params, variables, index)(tokens[:, :-1], collect=True)
         layers = out.aux["layers"]
         top_k = self.program.config.index_topk
         recalls = [_recall(layer["index"], index, top_k) for layer in layers if "index" in layer]

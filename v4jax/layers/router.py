@@ -53,9 +53,8 @@ class Router(nnx.Module):
             self.weight[...],
             precision=jax.lax.Precision.HIGHEST,
         )
-        scores = (
-            sqrtsoftplus(logits) if cfg.scoring_func == "sqrtsoftplus" else (jax.nn.sigmoid(logits))
-        )
+        score = sqrtsoftplus if cfg.scoring_func == "sqrtsoftplus" else jax.nn.sigmoid
+        scores = score(logits)
         if self.kind == "hash_moe":
             ids = self.tid2eid[...][ctx.token_ids]
         else:

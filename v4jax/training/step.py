@@ -16,9 +16,10 @@ import optax
 from flax import nnx
 
 from v4jax.config import ModelConfig
+from v4jax.layers.context import UNROUNDED, IndexFormats
 from v4jax.layers.router import updated_bias
 from v4jax.model import Output, Transformer
-from v4jax.quantization import NO_QUANTIZATION, Quantization, Resolved, quantize_params, resolve
+from v4jax.quantization import NO_QUANTIZATION, Quantization, quantize_params, resolve
 from v4jax.training.data import predicted
 from v4jax.training.schedule import Phase, ScheduleConfig, phase
 
@@ -74,15 +75,14 @@ class Program:
         structure = jax.tree.structure
         return cls(model.config, graphdef, structure(params), structure(variables))
 
-    def bind(self, params, variables, resolved: Resolved | None = None) -> Transformer:
+    def bind(self, params, variables, index: IndexFormats = UNROUNDED) -> Transformer:
         """A model over pure dicts `params`, `variables`, with the indexer's formats set."""
         model = nnx.merge(
             self.graphdef,
             jax.tree.unflatten(self.params_structure, jax.tree.leaves(params)),
             jax.tree.unflatten(self.variables_structure, jax.tree.leaves(variables)),
         )
-        if resolved is not None:
-            model.index_formats = resolved.index
+        model.index_formats = index
         return model
 
 
@@ -150,7 +150,7 @@ def make_train_step(
     """
 
     def total(params, variables, tokens, segment_ids, now: Phase, resolved):
-        model = program.bind(params, variables, resolved)
+        model = program.bind(params, variables, resolved.index)
         out = model(tokens[:, :-1], segment_ids[:, :-1], dense_index=now.dense)
         found = losses(out, tokens, segment_ids)
         loss = found["loss"] + objective.balance * found["balance_loss"]

@@ -193,7 +193,7 @@ def alternate_steps(
     Returns `bf16`, `qat` (medians, s), `ratio` (median of the pairs' ratios) with its quartiles
     `ratio_low`, `ratio_high`, and `pairs`. The state given is not changed.
     """
-    updates = {"bf16": trainer.step(Quantization()), "qat": trainer.step(quantization)}
+    updates = {"bf16": trainer.step(NO_QUANTIZATION), "qat": trainer.step(quantization)}
     states = {name: jax.tree.map(jnp.copy, state) for name in updates}
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for i in range(pairs + 1):
