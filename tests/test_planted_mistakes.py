@@ -25,7 +25,10 @@ OURS = ("v4jax", "kernels_pallas")  # what is copied, changed and imported afres
 # 2 Sinkhorn iterations and hc_eps 1e-2: with 20 and 1e-6 three of the mistakes stay below 1e-4.
 MODEL = ("tests.test_model_against_reference", "test_random_model", "csa, at a window's end")
 PACKED = ("tests.test_model_against_reference", "test_padding_may_lie_anywhere")
+HC_GRADIENT = ("tests.layers.test_hyper_connections", "test_gradient_of_a_layer", 4)
+ROPE_GRADIENT = ("tests.layers.test_rope", "test_the_gradient_is_the_transpose")
 YARN = ("tests.layers.test_rope", "test_yarn_table", "ramp past the pairs")
+TESTS = (MODEL, PACKED, HC_GRADIENT, ROPE_GRADIENT, YARN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Mistake:
 
     file: str
     changes: tuple[tuple[str, str], ...]
-    caught_by: tuple[str, ...] = MODEL
+    caught_by: tuple = MODEL
 
 
 def mistake(file: str, old: str, new: str, caught_by=MODEL) -> Mistake:
@@ -43,27 +46,37 @@ def mistake(file: str, old: str, new: str, caught_by=MODEL) -> Mistake:
 
 MISTAKES = {
     "mixing matrix not transposed": mistake(
-        "hyper_connections.py", "comb[j, k][..., None]", "comb[k, j][..., None]"
+        "hyper_connections.py", "comb[j, k][..., None] * s ", "comb[k, j][..., None] * s "
     ),
     "post without the factor 2": mistake(
         "hyper_connections.py", "post = 2 * jax.nn.sigmoid(", "post = jax.nn.sigmoid("
     ),
     "sinkhorn starts with rows": mistake(
         "hyper_connections.py",
-        "comb = sinkhorn(jax.nn.softmax(comb, axis=1) + self.hc_eps, self.iterations, self.hc_eps)",
-        "comb = jnp.swapaxes(jax.nn.softmax(comb, axis=1) + self.hc_eps, 0, 1);"
-        " comb = jnp.swapaxes(sinkhorn(comb, self.iterations, self.hc_eps), 0, 1)",
+        "comb = sinkhorn(_softmax(comb) + c.hc_eps, c.iterations, c.hc_eps)",
+        "comb = jnp.swapaxes(_softmax(comb) + c.hc_eps, 0, 1);"
+        " comb = jnp.swapaxes(sinkhorn(comb, c.iterations, c.hc_eps), 0, 1)",
     ),
     "one sinkhorn pair too many": mistake(
         "hyper_connections.py", "length=iterations - 1)", "length=iterations)"
     ),
     "no eps in the input weights": mistake(
-        "hyper_connections.py", "scale[0] + base[:m]) + self.hc_eps", "scale[0] + base[:m])"
+        "hyper_connections.py", "scale[0] + base[:m]) + c.hc_eps", "scale[0] + base[:m])"
     ),
     "no eps in the stream head": mistake(
         "hyper_connections.py",
         "self.hc_base[...][:, None, None]) + self.hc_eps",
         "self.hc_base[...][:, None, None])",
+    ),
+    "mixing's gradient not transposed": mistake(
+        "hyper_connections.py", "comb[j, k][..., None] * x ", "comb[k, j][..., None] * x ",
+        HC_GRADIENT,
+    ),
+    "the norm's gradient without its factor 2": mistake(
+        "hyper_connections.py", "(2 * g_squares)", "g_squares", HC_GRADIENT
+    ),
+    "rope's gradient turned the same way": mistake(
+        "rope.py", "_rotate(g, cos, -sin)", "_rotate(g, cos, sin)", ROPE_GRADIENT
     ),
     "no inverse rope on the output": mistake(
         "attention.py", "rope.rotate(o, heads, inverse=True)", "o"
@@ -122,7 +135,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
-def outcome(folder: Path, planted: Mistake | None, test: tuple[str, ...]) -> str:
+def outcome(folder: Path, planted: Mistake | None, test: tuple) -> str:
     """Copies the packages to `folder`, plants the mistake, runs the test there: what came of it.
 
     "passed", or the failure as "Type: message".
@@ -156,7 +169,7 @@ def outcome(folder: Path, planted: Mistake | None, test: tuple[str, ...]) -> str
 
 def run_all() -> dict[str, str]:
     """Every test on an unchanged copy, then every mistake with its test."""
-    runs = {f"unchanged, {test}": (None, test) for test in (MODEL, PACKED, YARN)}
+    runs = {f"unchanged, {test}": (None, test) for test in TESTS}
     runs |= {name: (planted, planted.caught_by) for name, planted in MISTAKES.items()}
     results = {}
     for name, (planted, test) in runs.items():
@@ -179,4 +192,4 @@ def test_each_planted_mistake_is_caught(subtests):
                 assert result == "passed"
             else:
                 assert result.startswith("AssertionError") and "Not equal to tolerance" in result
-    assert len(results) == len(MISTAKES) + 3
+    assert len(results) == len(MISTAKES) + len(TESTS)

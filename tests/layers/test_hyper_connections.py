@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.layers.hyper_connections import sinkhorn
+from v4jax.layers.hyper_connections import Constants, mix, read, sinkhorn
 
 
 def naive(k, iterations, eps):
@@ -54,3 +54,45 @@ def test_gradient_by_central_differences():
     single = jnp.asarray(k, jnp.float32)
     gradient = jax.grad(lambda k: jnp.sum(weights * sinkhorn(k, 2, 1e-2)))(single)
     np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-6)
+
+
+def layer_as_written(streams, fn, base, scale, c: Constants):
+    """One layer whose output is the square of its input, by equations 1 to 8 and plain autodiff."""
+    m = len(streams)
+    flat = jnp.concatenate(streams, axis=-1)
+    flat = flat / jnp.sqrt(jnp.mean(flat**2, axis=-1, keepdims=True) + c.norm_eps)
+    z = jnp.einsum("BTX,OX->OBT", flat, fn)
+    base = base[:, None, None]
+    a = jax.nn.sigmoid(z[:m] * scale[0] + base[:m]) + c.hc_eps
+    post = 2 * jax.nn.sigmoid(z[m : 2 * m] * scale[1] + base[m : 2 * m])
+    comb = (z[2 * m :] * scale[2] + base[2 * m :]).reshape(m, m, *z.shape[1:])
+    comb = naive(jax.nn.softmax(comb, axis=1) + c.hc_eps, c.iterations, c.hc_eps)
+    stacked = jnp.stack(streams)
+    y = jnp.einsum("MBT,MBTD->BTD", a, stacked) ** 2
+    return jnp.einsum("KBT,BTD->KBTD", post, y) + jnp.einsum("JKBT,JBTD->KBTD", comb, stacked)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_gradient_of_a_layer(m):
+    """The hand-written backward passes of `read` and `mix` against autodiff of the equations."""
+    rng = np.random.default_rng(m)
+    constants = Constants(iterations=3, hc_eps=1e-2, norm_eps=1e-3)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    streams = tuple(normal(2, 3, 8) for _ in range(m))
+    fn, base, scale = normal((2 + m) * m, m * 8), normal((2 + m) * m), normal(3)
+    weights = normal(m, 2, 3, 8)
+
+    def layer(streams, fn, base, scale):
+        x, post, comb = read(streams, fn, base, scale, constants)
+        return jnp.stack(mix(streams, x**2, post, comb))
+
+    def graded(f):
+        total = jax.value_and_grad(lambda *args: jnp.sum(weights * f(*args)), argnums=(0, 1, 2, 3))
+        return jax.jit(total)(streams, fn, base, scale)
+
+    expected = graded(lambda *args: layer_as_written(*args, constants))
+    for value, right in zip(*map(jax.tree.leaves, (graded(layer), expected)), strict=True):
+        np.testing.assert_allclose(value, right, rtol=1e-4, atol=2e-5 * np.abs(right).max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cmath
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,3 +68,16 @@ def test_rotation_is_multiplication_by_a_complex_number():
             )
     back = rope.rotate(jnp.asarray(turned), rotary, inverse=True)
     np.testing.assert_allclose(back, x, atol=1e-6)
+
+
+def test_the_gradient_is_the_transpose():
+    """<rotate(x), g> = <x, gradient> for random x and g, in float64 on the host."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.standard_normal((2, 3, 6)), jnp.float32) for _ in range(2))
+    rotary = rope.table(jnp.asarray(rng.integers(0, 50, (2, 3))), np.float32([0.3, 0.05]))
+    for inverse in (False, True):
+        y, vjp = jax.vjp(lambda x, i=inverse: rope.rotate(x, rotary, inverse=i), x)
+        (back,) = vjp(g)
+        assert np.abs(np.asarray(y) - np.asarray(x)).max() > 0.1
+        forward = np.sum(np.float64(y) * np.float64(g))
+        np.testing.assert_allclose(forward, np.sum(np.float64(x) * np.float64(back)), rtol=1e-5)

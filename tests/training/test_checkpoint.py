@@ -429,12 +429,21 @@ def test_a_newer_format_is_an_error_not_damage(tmp_path, monkeypatch, caplog):
     run_config.write_config(tmp_path, {"a": 1})
     monkeypatch.undo()
     for read in (lambda: restore(tmp_path), lambda: run_config.read_config(tmp_path)):
-        with pytest.raises(ValueError, match="has format 9; this version of v4jax reads 1 to 1"):
+        with pytest.raises(ValueError, match="has format 9; this version of v4jax reads 1 to 2"):
             read()
     assert not caplog.records
 
 
+def test_format_1_had_no_choice_of_optimizer_or_sparse_attention():
+    old = {"model": {"hc_mult": 4}, "optimizer": {"b1": 0.9}, "seed": 1}
+    new, _ = run_config.migrate(1, old, {})
+    assert new["model"] == {"hc_mult": 4, "sparse_attention": "auto"}
+    assert new["optimizer"] == {"b1": 0.9, "matrices": "muon"}
+    assert run_config.migrate(1, {"seed": 1}, {})[0] == {"seed": 1}
+
+
 def test_older_formats_are_migrated_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_config, "FORMAT", 1)
     run_config.write_config(tmp_path, {"size": 40})
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, small_state(1), {"config": {"size": 40}}, wait=True)

@@ -448,11 +448,17 @@ def test_a_part_or_an_expert_alone_gives_the_same_update():
         np.testing.assert_allclose(together[unit, expert, rows], want, atol=1e-6)
 
 
-def test_adamw_leaves_equal_optax_adamw():
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+def test_adamw_leaves_equal_optax_adamw(matrices):
+    """Under matrices="adamw" a decayed leaf of every kind is one of them."""
     paths = ["embed_tokens/weight", "lm_head/weight"]
+    if matrices == "adamw":
+        paths = [path for path in PATHS_OF_THE_SMALL_TREE if EXPECTED[path][2]]
     params = random_flat(5, paths)
-    gradients = [random_flat(6 + t, paths, scale=1e-3) for t in range(5)]  # never clipped
-    got, _ = train(params, gradients, OptimizerConfig(learning_rate=0.01), lambda count: 1.0)
+    gradients = [random_flat(6 + t, paths, scale=1e-4) for t in range(5)]  # never clipped
+    config = OptimizerConfig(learning_rate=0.01, matrices=matrices)
+    got, state = train(params, gradients, config, lambda count: 1.0)
+    assert flatten(state.adamw.mu).keys() == set(paths)
     tx = optax.adamw(0.01, 0.9, 0.95, eps=1e-20, weight_decay=0.1)
     want, state = nest(params), tx.init(nest(params))
     for grads in gradients:
@@ -599,6 +605,7 @@ def test_bfloat16_parameters_keep_their_dtype_and_float32_state():
         ("clip_norm", 0),
         ("update_rms", True),
         ("ns_dtype", "float16"),
+        ("matrices", "sgd"),
     ],
 )
 def test_bad_values_end_in_one_line_that_names_the_field(field, value):

@@ -32,13 +32,16 @@ class Block(nnx.Module):
 
     def __call__(self, streams: Streams, ctx: Context) -> tuple[Streams, dict]:
         """M arrays [B, T, D] -> the same, and aux of both sublayers."""
-        with jax.named_scope("attention"):
+        with jax.named_scope("hyper_connection"):
             x, post, comb = self.attn_hc(streams)
+        with jax.named_scope("attention"):
             y, attention_aux = self.self_attn(self.input_layernorm(x), ctx)
+        with jax.named_scope("hyper_connection"):
             streams = mix(streams, y, post, comb)
-        with jax.named_scope("moe"):
             x, post, comb = self.ffn_hc(streams)
+        with jax.named_scope("moe"):
             y, moe_aux = self.mlp(self.post_attention_layernorm(x), ctx)
+        with jax.named_scope("hyper_connection"):
             streams = mix(streams, y, post, comb)
         aux = attention_aux | moe_aux
         if ctx.collect:

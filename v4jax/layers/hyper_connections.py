@@ -8,13 +8,16 @@
 
 Symbols: n_hc -> M, A -> a, C -> post, B -> comb transposed. Departures: none.
 
-Form, for speed (`sinkhorn`'s docstring and two facts): the M streams are a tuple of [B, T, D]
-arrays, because slicing one [B, T, M*D] array turns into pads and adds in the backward pass, and
-all coefficients keep tokens on the minor axes, [M, B, T], because XLA's CPU code is several times
-slower on minor axes of 4.
+Form, for speed (`sinkhorn`'s docstring and three facts): the M streams are a tuple of [B, T, D]
+arrays, because slicing one [B, T, M*D] array turns into pads and adds in the backward pass; all
+coefficients keep tokens on the minor axes, [M, B, T], because XLA's CPU code is several times
+slower on minor axes of 4; and the backward passes are written by hand, because XLA would compute
+each of the sums over D from the cotangents' whole history.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +40,28 @@ def sinkhorn(k: jax.Array, iterations: int, eps: float) -> jax.Array:
     return _scale(k, *_sinkhorn_history(k, iterations, eps)[:2])
 
 
+def _along(k, vector):
+    """sum_j k[:, j] vector[j]. Written out: XLA's CPU code fuses the terms, not a reduction."""
+    return sum(k[:, j] * vector[j] for j in range(k.shape[1]))
+
+
+def _down(k, vector):
+    """sum_i k[i] vector[i]."""
+    return sum(k[i] * vector[i] for i in range(k.shape[0]))
+
+
 def _scale(k, row, column):
     return row[:, None] * k * column[None, :]
 
 
 def _sinkhorn_history(k, iterations: int, eps: float):
     row = jnp.ones(k.shape[1:], k.dtype)
-    column = jnp.reciprocal(jnp.sum(k, axis=0) + eps)
+    column = jnp.reciprocal(_down(k, row) + eps)
 
     def step(state, _):
         row, column = state
-        new_row = row / (row * jnp.sum(k * column[None, :], axis=1) + eps)
-        new_column = column / (column * jnp.sum(k * new_row[:, None], axis=0) + eps)
+        new_row = row / (row * _along(k, column) + eps)
+        new_column = column / (column * _down(k, new_row) + eps)
         return (new_row, new_column), (row, column)
 
     (row, column), history = jax.lax.scan(step, (row, column), length=iterations - 1)
@@ -63,19 +76,18 @@ def _sinkhorn_forward(k, iterations, eps):
 def _sinkhorn_backward(iterations, eps, residuals, g):
     k, row, column, history = residuals
     g_k = g * row[:, None] * column[None, :]
-    g_row = jnp.sum(g * k * column[None, :], axis=1)
-    g_column = jnp.sum(g * k * row[:, None], axis=0)
+    g_row, g_column = _along(g * k, column), _down(g * k, row)
 
     # A step v' = v / (v s + eps) has dv'/dv = eps (v'/v)^2 and dv'/ds = -v'^2.
     def step(state, old):
         (row, column, g_row, g_column, g_k), (old_row, old_column) = state, old
         g_sum = -g_column * jnp.square(column)
         g_k += row[:, None] * g_sum[None, :]
-        g_row += jnp.sum(k * g_sum[None, :], axis=1)
+        g_row += _along(k, g_sum)
         g_column *= eps * jnp.square(column / old_column)
         g_sum = -g_row * jnp.square(row)
         g_k += g_sum[:, None] * old_column[None, :]
-        g_column += jnp.sum(k * g_sum[:, None], axis=0)
+        g_column += _down(k, g_sum)
         g_row *= eps * jnp.square(row / old_row)
         return (old_row, old_column, g_row, g_column, g_k), None
 
@@ -87,20 +99,92 @@ def _sinkhorn_backward(iterations, eps, residuals, g):
 sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
 
 
-def _coefficients(streams: Streams, fn: jax.Array, eps: float) -> jax.Array:
-    """rmsnorm(flatten(X)) @ fn.T with tokens last: float32 [O, B, T] from fn [O, M*D]."""
+def _projection(streams: Streams, fn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """flatten(X) @ fn.T, tokens last, float32 [O, B, T] of fn [O, M*D]; and sum X^2 [B, T]."""
     flat = jnp.concatenate([s.astype(jnp.float32) for s in streams], axis=-1)
-    z = jnp.einsum("BTX,OX->BTO", flat, fn)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + eps)
-    return jnp.moveaxis(z * scale, -1, 0)
+    z = jnp.moveaxis(jnp.einsum("BTX,OX->BTO", flat, fn), -1, 0)
+    return z, jnp.sum(jnp.square(flat), axis=-1)
 
 
 def _collapse(streams: Streams, a: jax.Array) -> jax.Array:
     """sum_i a_i X_i in float32, cast back: [B, T, D] from a [M, B, T]."""
-    x = jnp.zeros(streams[0].shape, jnp.float32)
-    for weight, stream in zip(a, streams, strict=True):
-        x += weight[..., None] * stream.astype(jnp.float32)
+    x = sum(weight[..., None] * s.astype(jnp.float32) for weight, s in zip(a, streams, strict=True))
     return x.astype(streams[0].dtype)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """sum_d x_d y_d in float32: [B, T]."""
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """What of the config a hyper-connection computes with."""
+
+    iterations: int
+    hc_eps: float
+    norm_eps: float
+
+    @classmethod
+    def of(cls, cfg: ModelConfig) -> "Constants":
+        return cls(cfg.hc_sinkhorn_iters, cfg.hc_eps, cfg.rms_norm_eps)
+
+
+def _maps(z, squares, base, scale, width: int, c: Constants):
+    """a, post [M, B, T] and comb [M, M, B, T] of `_projection`'s z and squares; width: M*D."""
+    m = math.isqrt(z.shape[0] + 1) - 1
+    z = z * jax.lax.rsqrt(squares / width + c.norm_eps)
+    base = base[:, None, None]
+    a = jax.nn.sigmoid(z[:m] * scale[0] + base[:m]) + c.hc_eps
+    post = 2 * jax.nn.sigmoid(z[m : 2 * m] * scale[1] + base[m : 2 * m])
+    comb = (z[2 * m :] * scale[2] + base[2 * m :]).reshape(m, m, *z.shape[1:])
+    comb = sinkhorn(_softmax(comb) + c.hc_eps, c.iterations, c.hc_eps)
+    return a, post, comb
+
+
+def _softmax(x):
+    """Over axis 1, its sum written out as `_along`'s."""
+    x = jnp.exp(x - jax.lax.stop_gradient(jnp.max(x, axis=1, keepdims=True)))
+    return x / _along(x, jnp.ones_like(x[0]))[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def read(streams: Streams, fn, base, scale, constants: Constants):
+    """A layer's input and its maps: M arrays [B, T, D] -> x [B, T, D]; post [M, B, T], comb
+    [M, M, B, T] float32. fn [(2+M)M, M*D], base [(2+M)M], scale [3], all float32."""
+    return _read_forward(streams, fn, base, scale, constants)[0]
+
+
+def _read_forward(streams, fn, base, scale, constants):
+    z, squares = _projection(streams, fn)
+    maps = functools.partial(_maps, width=fn.shape[1], c=constants)
+    (a, post, comb), vjp = jax.vjp(maps, z, squares, base, scale)
+    return (_collapse(streams, a), post, comb), (streams, fn, a, vjp)
+
+
+def _read_backward(constants, residuals, g):
+    streams, fn, a, vjp = residuals
+    # Barriers: what several sums below read is computed once, not anew in each.
+    g_x = jax.lax.optimization_barrier(g[0].astype(jnp.float32))
+    g_a = jnp.stack([_dot(g_x, s) for s in streams])
+    g_z, g_squares, g_base, g_scale = vjp((g_a, *g[1:]))
+    g_z, g_squares = jax.lax.optimization_barrier((g_z, g_squares))
+    flat = jnp.concatenate([s.astype(jnp.float32) for s in streams], axis=-1)
+    g_fn = jnp.einsum("OBT,BTX->OX", g_z, flat)
+    g_flat = jnp.einsum("OBT,OX->BTX", g_z, fn)
+    width = g_x.shape[-1]
+    g_streams = tuple(
+        (
+            a[i][..., None] * g_x
+            + g_flat[..., i * width : (i + 1) * width]
+            + (2 * g_squares)[..., None] * s.astype(jnp.float32)
+        ).astype(s.dtype)
+        for i, s in enumerate(streams)
+    )
+    return g_streams, g_fn, g_base, g_scale
+
+
+read.defvjp(_read_forward, _read_backward)
 
 
 class HyperConnection(nnx.Module):
@@ -112,25 +196,18 @@ class HyperConnection(nnx.Module):
         self.fn = parameter(cfg, rngs, "hc_fn", shape, (None, None))
         self.base = stream_base(cfg, mixing=True)
         self.scale = parameter(cfg, rngs, "hc_scale", (3,), (None,))
-        self.iterations = cfg.hc_sinkhorn_iters
-        self.hc_eps, self.norm_eps = cfg.hc_eps, cfg.rms_norm_eps
+        self.constants = Constants.of(cfg)
 
     def __call__(self, streams: Streams) -> tuple[jax.Array, jax.Array, jax.Array]:
         """M arrays [B, T, D] -> x [B, T, D]; post [M, B, T], comb [M, M, B, T] float32."""
-        m = len(streams)
-        z = _coefficients(streams, self.fn[...], self.norm_eps)
-        base, scale = self.base[...][:, None, None], self.scale[...]
-        a = jax.nn.sigmoid(z[:m] * scale[0] + base[:m]) + self.hc_eps
-        post = 2 * jax.nn.sigmoid(z[m : 2 * m] * scale[1] + base[m : 2 * m])
-        comb = (z[2 * m :] * scale[2] + base[2 * m :]).reshape(m, m, *z.shape[1:])
-        comb = sinkhorn(jax.nn.softmax(comb, axis=1) + self.hc_eps, self.iterations, self.hc_eps)
-        return _collapse(streams, a), post, comb
+        return read(streams, self.fn[...], self.base[...], self.scale[...], self.constants)
 
 
+@jax.custom_vjp
 def mix(streams: Streams, y: jax.Array, post: jax.Array, comb: jax.Array) -> Streams:
     """X_k <- post_k y + sum_j comb_jk X_j in float32: y [B, T, D], post [M, B, T].
 
-    The barrier keeps XLA from fusing the residual chain across layers, which it would then
+    The barriers keep XLA from fusing the residual chain across layers, which it would then
     recompute in the backward pass.
     """
     y32 = y.astype(jnp.float32)
@@ -140,6 +217,23 @@ def mix(streams: Streams, y: jax.Array, post: jax.Array, comb: jax.Array) -> Str
         for k in range(len(streams))
     ]
     return jax.lax.optimization_barrier(tuple(x.astype(y.dtype) for x in mixed))
+
+
+def _mix_backward(residuals, g):
+    streams, y, post, comb = residuals
+    g = jax.lax.optimization_barrier(g)
+    g32 = [x.astype(jnp.float32) for x in g]
+    g_y = sum(post[k][..., None] * x for k, x in enumerate(g32)).astype(y.dtype)
+    g_streams = tuple(
+        sum(comb[j, k][..., None] * x for k, x in enumerate(g32)).astype(s.dtype)
+        for j, s in enumerate(streams)
+    )
+    g_post = jnp.stack([_dot(x, y) for x in g32])
+    g_comb = jnp.stack([jnp.stack([_dot(x, s) for x in g32]) for s in streams])
+    return jax.lax.optimization_barrier((g_streams, g_y, g_post, g_comb))
+
+
+mix.defvjp(lambda *args: (mix(*args), args), _mix_backward)
 
 
 class StreamHead(nnx.Module):
@@ -154,6 +248,8 @@ class StreamHead(nnx.Module):
 
     def __call__(self, streams: Streams) -> jax.Array:
         """M arrays [B, T, D] -> [B, T, D]."""
-        z = _coefficients(streams, self.hc_fn[...], self.norm_eps)
+        fn = self.hc_fn[...]
+        z, squares = _projection(streams, fn)
+        z *= jax.lax.rsqrt(squares / fn.shape[1] + self.norm_eps)
         a = jax.nn.sigmoid(z * self.hc_scale[...] + self.hc_base[...][:, None, None]) + self.hc_eps
         return _collapse(streams, a)

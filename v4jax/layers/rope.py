@@ -54,10 +54,24 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array], inverse: bool = Fa
     `inverse` turns by the negative angle: attention's output is turned back by the query's.
     """
     cos, sin = rotary
-    sin = -sin if inverse else sin
+    return _rotate(x, cos, -sin if inverse else sin)
+
+
+@jax.custom_vjp
+def _rotate(x, cos, sin):
     r = 2 * cos.shape[-1]
     pairs = x[..., -r:].astype(jnp.float32).reshape(*x.shape[:-1], r // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     turned = turned.reshape(*x.shape[:-1], r).astype(x.dtype)
     return jnp.concatenate([x[..., :-r], turned], axis=-1)
+
+
+def _rotate_backward(rotary, g):
+    """A rotation's transpose is its inverse; the tables, made of positions, have no gradient."""
+    cos, sin = rotary
+    g = jax.lax.optimization_barrier(g)
+    return _rotate(g, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+_rotate.defvjp(lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)), _rotate_backward)

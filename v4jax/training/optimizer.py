@@ -123,6 +123,7 @@ class OptimizerConfig:
     eps: float = 1e-20  # float32 gradients below 5e-19 square to 0: their first step is up to 48
     clip_norm: float = 1.0
     ns_dtype: str = "float32"  # operands of Newton-Schulz's matmuls; bfloat16 on accelerators
+    matrices: str = MUON  # what moves the matrices: Muon, or AdamW as everything else
     train_indexer: bool = True
     train_mtp: bool = True
 
@@ -132,10 +133,12 @@ class OptimizerConfig:
         for name in ("momentum", "b1", "b2"):
             self._require(name, lambda v: 0 <= v < 1, "a number in [0, 1)")
         self._require("weight_decay", lambda v: v >= 0, "a number >= 0")
-        if self.ns_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"OptimizerConfig.ns_dtype: got {self.ns_dtype!r}, allowed: float32 | bfloat16"
-            )
+        for name, allowed in (("ns_dtype", ("float32", "bfloat16")), ("matrices", (MUON, ADAMW))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"OptimizerConfig.{name}: got {getattr(self, name)!r}, allowed: "
+                    + " | ".join(allowed)
+                )
 
     def _require(self, name: str, holds: Callable[[float], bool], allowed: str):
         value = getattr(self, name)
@@ -191,7 +194,11 @@ def label_tree(params, model_config, config: OptimizerConfig) -> tuple[Leaf, ...
         untrained = (not config.train_indexer and _INDEXER.fullmatch(path)) or (
             not config.train_mtp and _MTP.fullmatch(path)
         )
-        labelled.append(entry._replace(group=FROZEN, decay=False, split=()) if untrained else entry)
+        if untrained:
+            entry = entry._replace(group=FROZEN, decay=False, split=())
+        elif entry.group == MUON and config.matrices == ADAMW:
+            entry = entry._replace(group=ADAMW, split=())
+        labelled.append(entry)
     return tuple(labelled)
 
 

@@ -14,10 +14,17 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 """The format of the checkpoints and configurations that this version writes."""
 
-MIGRATIONS: list[Callable[[dict, dict], tuple[dict, dict]]] = []
+
+def _new_options(config: dict, flat: dict) -> tuple[dict, dict]:
+    """Format 2: options that did not exist get their defaults, which is what format 1 meant."""
+    added = {"model": {"sparse_attention": "auto"}, "optimizer": {"matrices": "muon"}}
+    return config | {name: config[name] | added[name] for name in added if name in config}, flat
+
+
+MIGRATIONS: list[Callable[[dict, dict], tuple[dict, dict]]] = [_new_options]
 """`MIGRATIONS[n - 1](config, flat)` returns both as format n + 1 has them.
 
 `config` is what `config.json` holds, or a checkpoint's `meta["config"]`. `flat` maps the path of
