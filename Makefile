@@ -13,7 +13,7 @@ EXTRAS ?= dev
 ENVIRONMENT := tools/environment.sh make
 PYTEST := .venv/bin/python -m pytest --durations=10
 
-.PHONY: help demo test test-interop lint lock clean venv venv-interop
+.PHONY: help demo test test-interop test-aot lint lock clean venv venv-interop venv-aot
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' Makefile
@@ -22,7 +22,7 @@ demo: venv ## pre-train in BF16, switch to FP4, compare: 10 minutes on two cores
 	.venv/bin/python launch.py --experiment=bf16_to_fp4 --workdir=$(WORKDIR) $(ARGS)
 
 # With ARGS one run of all, since a selection (ARGS="-k sinkhorn") may leave a stage without a test.
-test: venv ## every test but those against torch: the fast ones, the slow ones, those that measure time
+test: venv ## every test but the next two's: the fast, the slow, those that measure time
 ifeq ($(strip $(ARGS)),)
 	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not alone"
 	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "slow and not alone"
@@ -33,6 +33,10 @@ endif
 
 test-interop: venv-interop ## parity with transformers, in an environment with torch of its own
 	.venv-interop/bin/python -m pytest --durations=10 tests/interop $(ARGS)
+
+test-aot: venv-aot ## compile the kernels for v5e, v6e, v7x and the H100, none of which need be here
+	REQUIRE_TARGETS=1 .venv-aot/bin/python -m pytest --durations=10 -n $(WORKERS) --dist=loadfile \
+	    tests/kernels_pallas/aot $(ARGS)
 
 lint: venv ## ruff (rules and format) and mypy
 	.venv/bin/ruff check .
@@ -45,7 +49,7 @@ lock: venv ## write constraints.txt anew: the newest versions for Python 3.11 to
 	    --quiet --no-annotate --no-config --custom-compile-command "make lock" --output-file constraints.txt
 
 clean: ## remove what these targets made, except runs/
-	rm -rf .venv .venv-interop .venv-second .cache build v4jax.egg-info
+	rm -rf .venv .venv-interop .venv-aot .venv-second .venv-aot-second .cache build v4jax.egg-info
 
 venv:
 	@$(ENVIRONMENT) .venv $(EXTRAS)
@@ -55,3 +59,6 @@ venv:
 # PIP_EXTRA_INDEX_URL name a place that has it.
 venv-interop:
 	@PYTHON='$(INTEROP_PYTHON)' $(ENVIRONMENT) .venv-interop dev,interop 3.11 3.12 3.13
+
+venv-aot:
+	@$(ENVIRONMENT) .venv-aot dev,aot

@@ -1,123 +1,190 @@
-"""y_e = x_e w_e^T for tokens sorted by expert.
+"""y_e = x_e w_e^T for tokens sorted by expert, over float weights or FP4 ones that stay packed.
+
+    forward    y_e  = x_e  ŵ_e^T        ŵ the weights as they are, or as their bytes decode
+    backward   dx_e = dy_e ŵ_e          the very ŵ of the forward
+               dw_e = dy_e^T x_e        in float32; of packed weights, straight through to `master`
 
 Implementations:
-    loop       a loop over experts and, inside, over tiles of their tokens. The fastest on CPU:
-               `lax.ragged_dot` is lowered there to a dense product over all experts.
-    ragged     `lax.ragged_dot`.
-    reference  each expert's product over all tokens, masked: reads like the equation.
+    loop        a loop over experts and, inside, over tiles of their tokens; packed experts are
+                decoded one at a time. The fastest on CPU: `lax.ragged_dot` is lowered there to a
+                dense product over all experts.
+    tpu, gpu    Pallas kernels; packed weights are decoded in tiles, on the chip.
+    ragged      `lax.ragged_dot`; packed weights are decoded as a whole.
+    reference   each expert's product over all tokens, masked: reads like the equation.
+
+Forward-mode differentiation (jvp, hessian) is for ragged and reference; the others have a reverse
+rule of their own and say so.
 """
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-TILE = 64  # rows a step of the loop
-IMPLEMENTATIONS = ("loop", "ragged", "reference")
+from kernels_pallas import expert_matmul_cpu
+from kernels_pallas.compat import summed_like
+from kernels_pallas.dispatch import choose, needs, platform
+from kernels_pallas.planar import Planar, is_mxfp4, to_packed, to_planar
+from v4jax.numerics import Packed, Quantized, pack
 
 
 def expert_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
-) -> jax.Array:
+    x: Array,
+    w: Array | Quantized | Packed | Planar,
+    group_sizes: Array,
+    *,
+    implementation: str | None = None,
+    master: Array | None = None,
+    interpret: bool = False,
+) -> Array:
     """Grouped matmul: x [T, K] sorted by expert, w [E, N, K], group_sizes int32 [E] -> [T, N].
 
     Expert e's rows are the group_sizes[e] after those of the experts before it; rows past
-    sum(group_sizes) are 0. Result in x's dtype, accumulated in float32. Differentiable in x and w.
-    implementation: one of IMPLEMENTATIONS; None takes the best for the platform. Raises ValueError
-    on shapes that do not fit or an unknown name.
+    sum(group_sizes) are 0. Result in x's dtype, accumulated in float32. Differentiable in x and in
+    float weights.
+
+    w: float (rounded to x's dtype, its gradient from float32 sums), or MXFP4 as
+        `quantize`, `pack` or `to_planar` give it.
+    implementation: one of the above; None takes the best for the platform.
+    master: float32 [E, N, K], for packed weights alone: not read, and receives their gradient
+        straight through. Without it packed weights are frozen.
+    interpret: run the Pallas kernels of tpu and gpu in the interpreter, on any platform.
+
+    Raises ValueError, one line, on shapes that do not fit, an unknown implementation, or one that
+    cannot do this.
     """
-    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2] or group_sizes.shape != w.shape[:1]:
+    w = pack(w) if isinstance(w, Quantized) else w
+    _check(x, w, group_sizes, master)
+    name = choose("expert_matmul", implementation, _candidates(x, w, group_sizes, interpret))
+    if name in ("ragged", "reference"):
+        if not isinstance(w, Array):
+            decoded = expert_matmul_cpu.decode(to_packed(w) if isinstance(w, Planar) else w)
+            w = decoded if master is None else _straight_through(master, decoded)
+        return {"ragged": _ragged, "reference": _reference}[name](x, w.astype(x.dtype), group_sizes)
+    if isinstance(w, Packed) and name in ("tpu", "gpu"):
+        w = to_planar(w)
+    return _matmul(_backend(name, interpret), x, w, master, group_sizes)
+
+
+def _shape(w) -> tuple[int, ...]:
+    """[E, N, K] of float, Packed or Planar weights."""
+    return (*w.codes.shape[:-1], 2 * w.codes.shape[-1]) if isinstance(w, Packed) else w.shape
+
+
+def _check(x, w, group_sizes, master) -> None:
+    if isinstance(w, (Packed, Planar)) and not is_mxfp4(w.format):
+        raise ValueError(f"expert_matmul: packed weights are {w.format.name}, allowed: mxfp4")
+    shape = _shape(w)
+    if x.ndim != 2 or len(shape) != 3 or x.shape[1] != shape[2] or group_sizes.shape != shape[:1]:
         raise ValueError(
             f"expert_matmul: x [T, K], w [E, N, K], group_sizes [E] do not fit: "
-            f"{x.shape}, {w.shape}, {group_sizes.shape}"
+            f"{x.shape}, {shape}, {group_sizes.shape}"
         )
-    if implementation is None:
-        implementation = "loop" if jax.default_backend() == "cpu" else "ragged"
-    if implementation == "loop":
-        return _loop(x, w, group_sizes)
-    if implementation == "ragged":
-        y = jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), group_sizes)
-        return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(group_sizes), y, 0)
-    if implementation == "reference":
-        expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side="right")
-        of = jax.nn.one_hot(expert, w.shape[0], dtype=jnp.float32)
-        y = jnp.einsum("TK,ENK,TE->TN", x.astype(jnp.float32), w.astype(jnp.float32), of)
-        return y.astype(x.dtype)
-    raise ValueError(
-        f"expert_matmul: implementation={implementation!r}, allowed: None, "
-        + ", ".join(IMPLEMENTATIONS)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"expert_matmul: x is {x.dtype}, allowed: a floating-point type")
+    if group_sizes.dtype != jnp.int32:
+        raise ValueError(f"expert_matmul: group_sizes is {group_sizes.dtype}, allowed: int32")
+    if master is None:
+        return
+    if not isinstance(w, (Packed, Planar)):
+        raise ValueError("expert_matmul: master is for packed weights; these are float themselves")
+    if master.shape != shape or master.dtype != jnp.float32:
+        raise ValueError(
+            f"expert_matmul: master is {master.dtype} {master.shape}, allowed: float32 {shape}"
+        )
+
+
+def _candidates(x, w, group_sizes, interpret) -> dict[str, str | None]:
+    """Implementation -> None or why it cannot run, best first."""
+    kernels: dict[str, str | None] = {name: needs(name, interpret) for name in ("tpu", "gpu")}
+    for name, reason in kernels.items():
+        if reason is None:
+            planar = jax.eval_shape(to_planar, w) if isinstance(w, Packed) else w
+            kernels[name] = _module(name).refusal(x, planar, group_sizes)
+    if platform() == "cpu":
+        return {"loop": None, "ragged": None, "reference": None} | kernels
+    return kernels | {"ragged": None, "loop": None, "reference": None}
+
+
+# ---- references ----
+
+
+def _ragged(x, w, group_sizes):
+    rhs = jnp.swapaxes(w, 1, 2)
+    y = jax.lax.ragged_dot(x, rhs, group_sizes, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(x.shape[0])[:, None] < jnp.sum(group_sizes), y, 0).astype(x.dtype)
+
+
+def _reference(x, w, group_sizes):
+    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(x.shape[0]), side="right")
+    of = jax.nn.one_hot(expert, w.shape[0], dtype=jnp.float32)
+    y = jnp.einsum("TK,ENK,TE->TN", x.astype(jnp.float32), w.astype(jnp.float32), of)
+    return y.astype(x.dtype)
+
+
+@jax.custom_jvp
+def _straight_through(master, decoded):
+    """The decoded weights, whose derivative is the master's."""
+    return decoded
+
+
+_straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+# ---- back ends ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """rows(x, w, group_sizes, transpose=) and weights(dy, x, group_sizes): products of one kind."""
+
+    rows: Callable[..., Array]
+    weights: Callable[..., Array]
+
+
+@functools.cache
+def _backend(name: str, interpret: bool) -> Backend:
+    module = _module(name)
+    return Backend(
+        *(functools.partial(f, interpret=interpret) for f in (module.rows, module.weights))
     )
 
 
-@jax.custom_vjp
-def _loop(x, w, group_sizes):
-    return _rows(x, w, group_sizes, contract=1)
+def _module(name: str):
+    """The file of a back end, imported when it is first used: Pallas takes long to import."""
+    if name == "loop":
+        return expert_matmul_cpu
+    return importlib.import_module(f"kernels_pallas.expert_matmul_{name}")
 
 
-def _forward(x, w, group_sizes):
-    return _loop(x, w, group_sizes), (x, w, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(backend, x, w, master, group_sizes):
+    """w: float, Packed or Planar."""
+    return backend.rows(x, _in_dtype(w, x.dtype), group_sizes)
 
 
-def _backward(residuals, g):
-    x, w, group_sizes = residuals
-    return _rows(g, w, group_sizes, contract=0), _weights(g, x, w.dtype, group_sizes), None
+def _forward(backend, x, w, master, group_sizes):
+    # No float copy of packed weights; of the master only its type, in an empty array.
+    trained = None if master is None else master[:0]
+    return _matmul(backend, x, w, master, group_sizes), (x, w, trained, group_sizes)
 
 
-_loop.defvjp(_forward, _backward)
+def _backward(backend, residuals, dy):
+    x, w, trained, group_sizes = residuals
+    dx = summed_like(backend.rows(dy, _in_dtype(w, x.dtype), group_sizes, transpose=True), x)
+    primal = trained if isinstance(w, (Packed, Planar)) else w
+    if primal is None:
+        return dx, None, None, None
+    dw = summed_like(backend.weights(dy, x, group_sizes), primal).astype(primal.dtype)
+    return (dx, dw, None, None) if primal is w else (dx, None, dw, None)
 
 
-def _tiles(size):
-    return (size + TILE - 1) // TILE
+_matmul.defvjp(_forward, _backward)
 
 
-def _rows(x, w, group_sizes, contract: int):
-    """Each row times its expert's matrix, contracting w[e]'s axis `contract`: [T, ...] -> [T, ...].
-
-    Experts go in ascending order, so rows that a tile writes past its group's end are overwritten
-    by the next expert; only rows past the last group must be cleared.
-    """
-    total = x.shape[0]
-    padded = jnp.pad(x, ((0, TILE), (0, 0)))
-    starts = jnp.cumsum(group_sizes) - group_sizes
-
-    def expert(e, out):
-        matrix = jax.lax.dynamic_index_in_dim(w, e, keepdims=False)
-
-        def tile(i, out):
-            row = starts[e] + i * TILE
-            rows = jax.lax.dynamic_slice(padded, (row, 0), (TILE, x.shape[1]))
-            y = jax.lax.dot_general(
-                rows, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
-            )
-            return jax.lax.dynamic_update_slice(out, y.astype(x.dtype), (row, 0))
-
-        return jax.lax.fori_loop(0, _tiles(group_sizes[e]), tile, out)
-
-    out = jnp.zeros((total + TILE, w.shape[2 - contract]), x.dtype)
-    out = jax.lax.fori_loop(0, w.shape[0], expert, out)[:total]
-    return jnp.where(jnp.arange(total)[:, None] < jnp.sum(group_sizes), out, 0)
-
-
-def _weights(g, x, dtype, group_sizes):
-    """dw[e] = g_e^T x_e, accumulated in float32: [E, N, K]."""
-    g_padded = jnp.pad(g, ((0, TILE), (0, 0)))
-    x_padded = jnp.pad(x, ((0, TILE), (0, 0)))
-    starts = jnp.cumsum(group_sizes) - group_sizes
-
-    def expert(e, out):
-        def tile(i, total):
-            row = starts[e] + i * TILE
-            mine = jnp.arange(TILE)[:, None] + i * TILE < group_sizes[e]
-            g_rows = jax.lax.dynamic_slice(g_padded, (row, 0), (TILE, g.shape[1]))
-            x_rows = jax.lax.dynamic_slice(x_padded, (row, 0), (TILE, x.shape[1]))
-            return total + jax.lax.dot_general(
-                jnp.where(mine, g_rows, 0),
-                x_rows,
-                (((0,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-
-        total = jnp.zeros((g.shape[1], x.shape[1]), jnp.float32)
-        total = jax.lax.fori_loop(0, _tiles(group_sizes[e]), tile, total)
-        return jax.lax.dynamic_update_index_in_dim(out, total.astype(dtype), e, 0)
-
-    out = jnp.zeros((group_sizes.shape[0], g.shape[1], x.shape[1]), dtype)
-    return jax.lax.fori_loop(0, group_sizes.shape[0], expert, out)
+def _in_dtype(w, dtype):
+    return w.astype(dtype) if isinstance(w, Array) else w

@@ -1,13 +1,16 @@
 """tools/environment.sh, which makes .venv: with interpreters that only pretend, and no network."""
 
+import configparser
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "environment.sh"
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tools" / "environment.sh"
 
 FAKE = """#!/bin/sh
 case "$1 $2" in
@@ -145,3 +148,24 @@ def test_a_failed_installation_leaves_no_stamp(machine):
     assert not (machine.folder / "venv/.stamp").exists()
     fail.unlink()
     assert machine.make() == ["made", "installed"]
+
+
+def environments() -> dict[str, str]:
+    """Folder -> extras of every environment that the Makefile and .ci/run make."""
+    text = (ROOT / "Makefile").read_text("utf-8") + (ROOT / ".ci/run").read_text("utf-8")
+    made = re.findall(r"(?:ENVIRONMENT\)|environment\.sh make) (\.venv[\w-]*) ([\w,$()]+)", text)
+    return {folder: extras.replace("$(EXTRAS)", "dev") for folder, extras in made}
+
+
+def test_environments_ask_for_extras_that_exist():
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    known = set(setup["options.extras_require"])
+    assert {".venv", ".venv-interop", ".venv-aot", ".venv-aot-second"} <= set(environments())
+    for folder, extras in environments().items():
+        assert set(extras.split(",")) <= known, folder
+
+
+def test_clean_removes_every_environment():
+    (line,) = re.findall(r"^\trm -rf (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert set(environments()) <= set(line.split())
