@@ -27,8 +27,10 @@ MODEL = ("tests.test_model_against_reference", "test_random_model", "csa, at a w
 PACKED = ("tests.test_model_against_reference", "test_padding_may_lie_anywhere")
 HC_GRADIENT = ("tests.layers.test_hyper_connections", "test_gradient_of_a_layer", 4)
 ROPE_GRADIENT = ("tests.layers.test_rope", "test_the_gradient_is_the_transpose")
+FORMS = ("tests.layers.test_sparse_attention", "check_forms", 5, None)
+GATHERED = ("tests.layers.test_sparse_attention", "check_model")
 YARN = ("tests.layers.test_rope", "test_yarn_table", "ramp past the pairs")
-TESTS = (MODEL, PACKED, HC_GRADIENT, ROPE_GRADIENT, YARN)
+TESTS = (MODEL, PACKED, HC_GRADIENT, ROPE_GRADIENT, FORMS, GATHERED, YARN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,22 @@ MISTAKES = {
         "windows.py", "position=jnp.maximum(position, 0)",
         "position=jnp.maximum(position, 0) // rate", PACKED,
     ),
-    "entry visible one token late": mistake(
-        "windows.py", "seen = self.last[:, None] <= token", "seen = self.last[:, None] < token"
+    "entry visible one token late": Mistake(
+        "kernels_pallas/visibility.py", (("(token + 1) // ratio", "token // ratio"),)
+    ),
+    "entry visible one token late, packed": Mistake(
+        "kernels_pallas/visibility.py",
+        (("first = end - (position + 1) // ratio", "first = end - position // ratio"),),
+        PACKED,
+    ),
+    "an entry that is not there is looked up": mistake(
+        "sparse_attention.py", "attended >= 0", "attended >= -1", FORMS
+    ),
+    "looked-up entries beside their places": mistake(
+        "sparse_attention.py", "jnp.maximum(index, 0)", "jnp.maximum(index - 1, 0)", FORMS
+    ),
+    "indexer learns at other entries than it selected": mistake(
+        "indexer.py", "take_entries(keys, index)", "take_entries(keys, index[..., ::-1])", GATHERED
     ),
     "csa halves swapped": mistake(
         "compressor.py", "previous = jnp.roll(x[",
@@ -109,12 +125,10 @@ MISTAKES = {
         ),
     ),
     "sink scaled by head_dim^-0.5": mistake(
-        "attention.py",
-        "sinks = sinks.astype(jnp.float32)[:, None]",
-        "sinks = sinks.astype(jnp.float32)[:, None] * h**-0.5",
+        "sparse_attention.py", "sinks = sinks[:, None]", "sinks = sinks[:, None] * h**-0.5"
     ),
     "window of W + 1 tokens": mistake(
-        "attention.py", "(query - key < window)", "(query - key <= window)"
+        "sparse_attention.py", "(query - key < window)", "(query - key <= window)"
     ),
     "bias inside the routing weights": mistake(
         "router.py", '"BTKE,BTE->BTK", hot, scores)',

@@ -16,6 +16,7 @@ MLP_LAYER_TYPES = ("hash_moe", "moe")
 SCORING_FUNCS = ("sqrtsoftplus", "sigmoid")
 INITS = ("v4jax", "transformers")
 REMAT_POLICIES = ("none", "dots", "full")
+SPARSE_ATTENTIONS = ("auto", "masked", "gathered")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class ModelConfig:
     init: str = "v4jax"  # or "transformers": its plain initialisation
     scan_layers: bool = False  # stack the repeating unit and scan over it
     remat: str = "none"  # a block's backward recomputes: nothing, all but its linear maps, all
+    sparse_attention: str = "auto"  # how CSA's selected entries are read: layers/sparse_attention
 
     def __post_init__(self):
         validate(self)
@@ -158,6 +160,7 @@ def validate(cfg: ModelConfig) -> None:
         ("scoring_func", SCORING_FUNCS),
         ("init", INITS),
         ("remat", REMAT_POLICIES),
+        ("sparse_attention", SPARSE_ATTENTIONS),
     ):
         _require(getattr(cfg, name) in allowed, name, getattr(cfg, name), " | ".join(allowed))
     rope = cfg.qk_rope_head_dim

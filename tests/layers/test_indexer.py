@@ -1,4 +1,4 @@
-"""The selection against brute force, and the five tests of the indexer's loss."""
+"""The five tests of the indexer's loss: training from V3.2, teacher in V4's form."""
 
 from __future__ import annotations
 
@@ -9,40 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests import reference
 from tests.jax_model import build, quick_jit, split
 from tests.reference import CSA
 from tests.reference_parameters import random_parameters
 from tests.test_model_against_reference import BASE
 from v4jax.interop import state_dict
-from v4jax.layers.attention import attend
-from v4jax.layers.indexer import index_loss, select
-
-ROWS, ENTRIES = 4, 6
-scores = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-30, -1e30, float("-inf"), 3e38])
-
-
-@given(
-    st.lists(st.lists(scores, min_size=ENTRIES, max_size=ENTRIES), min_size=ROWS, max_size=ROWS),
-    st.lists(st.integers(0, 2**ENTRIES - 1), min_size=ROWS, max_size=ROWS),
-    st.integers(1, ENTRIES + 2),
-)
-def test_select_takes_the_best_visible_lowest_index_first(values, visible, k):
-    values = np.asarray(values, np.float32)
-    visible = np.asarray([[bits >> c & 1 for c in range(ENTRIES)] for bits in visible], bool)
-    expected = np.zeros_like(visible)
-    for row in range(ROWS):
-        seen = np.flatnonzero(visible[row])
-        best = reference.top_k(values[row, seen], k)
-        expected[row, seen[best]] = True
-    chosen = jax.jit(select, static_argnums=2)(values[None], visible[None], k)
-    np.testing.assert_array_equal(chosen[0], expected)
-
-
-# ---- the loss: training from V3.2, teacher in V4's form ----------------------------------------
+from v4jax.layers.indexer import index_loss
+from v4jax.layers.sparse_attention import attend
 
 
 def case(heads: int):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.visibility import is_visible
 from v4jax.layers.context import sample_positions
 from v4jax.layers.experts import collect, dispatch
 from v4jax.layers.windows import Windows, move_rows
@@ -33,7 +34,7 @@ def test_packed_windows_against_a_loop(rate):
             expected.append((start + w * rate, w == 0, w * rate))
     x = np.arange(1, length + 1, dtype=np.float32)[None, :, None]
     split = np.asarray(windows.split(jnp.asarray(x)))[0, :, :, 0]
-    visible = np.asarray(windows.visible(length, jnp.asarray(segments, jnp.int32)))[0]
+    visible = np.asarray(is_visible(*windows.seen, length // rate))[0]
     assert split.shape == (length // rate, rate)
     for entry in range(length // rate):
         if entry >= len(expected):

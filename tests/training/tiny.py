@@ -96,8 +96,8 @@ class QuickEvaluator(Evaluator):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self._nll = quick_jit(self._batch_nll, static_argnums=0)
-        self._choices = quick_jit(self._batch_choices, static_argnums=0)
+        self._nll = quick_jit(self._batch_nll, static_argnums=(0, 1))
+        self._collect = quick_jit(self._batch_collect, static_argnums=0)
 
 
 def trainer(**changes) -> QuickTrainer:

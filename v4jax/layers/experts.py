@@ -20,8 +20,15 @@ from v4jax.layers.parameter import Linear, parameter
 from v4jax.layers.router import Router
 
 
+class PackedWeight(nnx.Variable):
+    """Weights of all experts in MXFP4: a `numerics.Packed`, or a `Planar`, not a parameter."""
+
+
 class Experts(nnx.Module):
-    """The routed experts' weights, and the SwiGLU over tokens sorted by expert."""
+    """The routed experts' weights, and the SwiGLU over tokens sorted by expert.
+
+    The weights are parameters, or after `v4jax.pack_experts` of type PackedWeight.
+    """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         e, d, f = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
@@ -31,7 +38,7 @@ class Experts(nnx.Module):
         self.down_proj = parameter(
             cfg, rngs, "matrix", (e, d, f), ("experts", "embed", "expert_hidden")
         )
-        self.limit = cfg.swiglu_limit
+        self.limit, self.count = cfg.swiglu_limit, e
 
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """x [P, D], ids int32 [P, K], weights float32 [P, K] -> float32 [P, D]."""
@@ -39,12 +46,12 @@ class Experts(nnx.Module):
         flat = ids.reshape(-1)
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # expert-sorted -> (token, k)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(tokens * k, dtype=jnp.int32))
-        sizes = jnp.sum(jax.nn.one_hot(flat, self.down_proj.shape[0], dtype=jnp.int32), axis=0)
+        sizes = jnp.sum(jax.nn.one_hot(flat, self.count, dtype=jnp.int32), axis=0)
         rows = dispatch(x, order, place.reshape(tokens, k))
-        gate_up = expert_matmul(rows, self.gate_up_proj[...].astype(x.dtype), sizes)
+        gate_up = expert_matmul(rows, self.gate_up_proj.get_value(), sizes)
         gate, up = jnp.split(gate_up, 2, axis=-1)
         hidden = swiglu(gate, up, self.limit).astype(x.dtype)
-        y = expert_matmul(hidden, self.down_proj[...].astype(x.dtype), sizes)
+        y = expert_matmul(hidden, self.down_proj.get_value(), sizes)
         y = collect(y, place.reshape(tokens, k), order)  # [P K D]
         return jnp.einsum("PKD,PK->PD", y.astype(jnp.float32), weights)
 

@@ -108,13 +108,16 @@ def _projection(streams: Streams, fn: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _collapse(streams: Streams, a: jax.Array) -> jax.Array:
     """sum_i a_i X_i in float32, cast back: [B, T, D] from a [M, B, T]."""
-    x = sum(weight[..., None] * s.astype(jnp.float32) for weight, s in zip(a, streams, strict=True))
+    x = jnp.zeros(streams[0].shape, jnp.float32)
+    for weight, stream in zip(a, streams, strict=True):
+        x += weight[..., None] * stream.astype(jnp.float32)
     return x.astype(streams[0].dtype)
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """sum_d x_d y_d in float32: [B, T]."""
-    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+    """sum_d x_d y_d in float32: [B, T]. Rows along one axis, as `rms_normalize` says."""
+    x_rows, y_rows = (z.astype(jnp.float32).reshape(-1, z.shape[-1]) for z in (x, y))
+    return jnp.sum(x_rows * y_rows, axis=-1).reshape(x.shape[:-1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import kernels_pallas
 from v4jax.config import CSA, ModelConfig
 from v4jax.layers import rope
 from v4jax.layers.compressor import Compressor
-from v4jax.layers.context import UNROUNDED, Context, IndexFormats
+from v4jax.layers.context import Context, IndexFormats
 from v4jax.layers.parameter import Linear
-from v4jax.numerics import Format, fake_quantize, hadamard
+from v4jax.layers.sparse_attention import in_pieces, take_entries
+from v4jax.numerics import fake_quantize, hadamard
 
 Operands = tuple[jax.Array, jax.Array, jax.Array]
 MASKED = -1e30  # finite: with -inf, p * log(q) would be NaN where p is 0
@@ -52,37 +54,74 @@ class Indexer(Compressor):
         return q, k, w
 
 
-def index_scores(operands: Operands, formats: IndexFormats = UNROUNDED) -> jax.Array:
-    """Scores float32 [B, T, C] of q [B, T, I, J], k [B, C, J], w [B, T, I]; see the module."""
-    q, k, w = operands
-    q, k = _round_operand(q, formats.query), _round_operand(k, formats.key)
-    products = jnp.einsum("BTIJ,BCJ->BTIC", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.einsum("BTIC,BTI->BTC", jax.nn.relu(products), w) * q.shape[-1] ** -0.5
-    if formats.scores == "bf16":
-        # Not a cast there and back, which a compiler may drop; and straight-through.
-        rounded = jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
-        scores = jax.lax.stop_gradient(rounded) + (scores - jax.lax.stop_gradient(scores))
-    return scores
-
-
-def _round_operand(x: jax.Array, fmt: Format | None) -> jax.Array:
-    return x if fmt is None else fake_quantize(hadamard(x), fmt)
-
-
-def select(scores: jax.Array, visible: jax.Array, top_k: int) -> jax.Array:
-    """bool [B, T, C]: the top_k best visible entries, lowest index first among equal scores.
-
-    scores: float32 [B, T, C]. -0 and +0 are equal. Fewer than top_k where fewer are visible.
-    """
-    if top_k >= scores.shape[-1]:
-        return visible
-    scores = jax.lax.stop_gradient(
-        jnp.where(visible, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+def scores(operands: Operands, ctx: Context) -> jax.Array:
+    """Scores float32 [B, T, C] of every entry, -inf where it is not visible; see the module."""
+    q, k, w, fmt = _rotated(operands, ctx.index_formats)
+    found = kernels_pallas.index_scores(
+        q, k, w, ctx.windows[CSA].rate, ctx.segment_ids, qk_format=fmt
     )
-    threshold = jax.lax.top_k(scores, top_k)[0][..., -1:]
-    above, equal = scores > threshold, visible & (scores == threshold)
-    room = top_k - jnp.sum(above, axis=-1, keepdims=True)
-    return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+    return _rounded(found, ctx.index_formats)
+
+
+def select(operands: Operands, ctx: Context, top_k: int) -> jax.Array:
+    """int32 [B, T, K]: the top_k best visible entries, best first, -1 where fewer are visible.
+
+    Lowest index first among equal scores; -0 and +0 are equal. No gradient.
+    """
+    q, k, w, fmt = _rotated(operands, ctx.index_formats)
+    return kernels_pallas.index_select(
+        q,
+        k,
+        w,
+        top_k,
+        ctx.windows[CSA].rate,
+        ctx.segment_ids,
+        qk_format=fmt,
+        score_dtype=jnp.bfloat16 if ctx.index_formats.scores == "bf16" else jnp.float32,
+    )
+
+
+def scores_at(index: jax.Array, operands: Operands, ctx: Context) -> jax.Array:
+    """Scores float32 [B, T, K] of the entries `index` int32 [B, T, K]; -1 reads the first."""
+    q, k, w, fmt = _rotated(operands, ctx.index_formats)
+    if fmt is not None:
+        q, k = fake_quantize(q, fmt), fake_quantize(k, fmt)
+    keys = k.astype(jnp.float32)  # so that their gradient adds up in it
+
+    def of_piece(piece):
+        q, w, index = piece
+        found = take_entries(keys, index).astype(q.dtype)
+        products = jnp.einsum("BTIJ,BTKJ->BTIK", q, found, preferred_element_type=jnp.float32)
+        return jnp.einsum("BTIK,BTI->BTK", jax.nn.relu(products), w)
+
+    batch, _, heads, width = q.shape
+    numbers = batch * (index.shape[-1] * (width + heads) + heads * width)
+    return _rounded(in_pieces(of_piece, (q, w, index), numbers), ctx.index_formats)
+
+
+def _rounded(scores: jax.Array, formats: IndexFormats) -> jax.Array:
+    """Float32 scores as they are compared, straight-through."""
+    if formats.scores != "bf16":
+        return scores
+    # Not a cast there and back, which a compiler may drop; and no gradient in BF16.
+    rounded = jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
+    return scores + jax.lax.stop_gradient(rounded - scores)
+
+
+def _rotated(operands: Operands, formats: IndexFormats):
+    """(q, k, w * J^-1/2, format that q and k are yet to be rounded to, or None)."""
+    q, k, w = operands
+    w = w * q.shape[-1] ** -0.5
+    if formats.query is not None:
+        q = hadamard(q)
+    if formats.key is not None:
+        k = hadamard(k)
+    if formats.query == formats.key:
+        return q, k, w, formats.query
+    q, k = (
+        x if f is None else fake_quantize(x, f) for x, f in ((q, formats.query), (k, formats.key))
+    )
+    return q, k, w, None
 
 
 def index_loss(scores: jax.Array, mass: jax.Array, among: jax.Array, valid: jax.Array) -> jax.Array:

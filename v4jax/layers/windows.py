@@ -10,10 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.visibility import Range, visible_range
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("last", "first", "position", "segment", "start", "place"),
+    data_fields=("last", "first", "position", "seen", "start", "place"),
     meta_fields=("rate",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +25,17 @@ class Windows:
     rate: tokens a window.  last: int32 [B, C], the token that closes the entry's window (T where
     the entry is not real).  first: bool [B, C], the entry is its sample's first.
     position: int32 [B, C], the window's first token counted within its sample.
-    segment: int32 [B, C] or None.  start: int32 [B, C] first token in the row, or None when
-    windows tile the row.  place: int32 [B, T] slot of each token in the flat [C * rate], -1 for
-    none, or None.
+    seen: the range (first, end), int32 [B, T] each, of the entries that a token sees: those of its
+    own sample, from the token that closes an entry's window onward.  start: int32 [B, C] first
+    token in the row, or None when windows tile the row.  place: int32 [B, T] slot of each token in
+    the flat [C * rate], -1 for none, or None.
     """
 
     rate: int
     last: jax.Array
     first: jax.Array
     position: jax.Array
-    segment: jax.Array | None
+    seen: Range
     start: jax.Array | None
     place: jax.Array | None
 
@@ -41,6 +44,7 @@ class Windows:
         """Windows of `rate` tokens over positions int32 [B, T] (restarting with each sample)."""
         batch, length = positions.shape
         count = length // rate
+        seen = visible_range(batch, length, count, rate, segment_ids)
         entry = jnp.arange(count, dtype=jnp.int32)
         if segment_ids is None:
             shape = (batch, count)
@@ -49,7 +53,7 @@ class Windows:
                 last=jnp.broadcast_to(entry * rate + rate - 1, shape),
                 first=jnp.broadcast_to(entry == 0, shape),
                 position=jnp.broadcast_to(entry * rate, shape),
-                segment=None,
+                seen=seen,
                 start=None,
                 place=None,
             )
@@ -74,7 +78,7 @@ class Windows:
             last=last,
             first=position == 0,
             position=jnp.maximum(position, 0),
-            segment=jnp.take_along_axis(segment_ids, at, axis=1),
+            seen=seen,
             start=jnp.where(last < length, last - (rate - 1), -1),
             place=jnp.where(same, place, -1),
         )
@@ -89,17 +93,6 @@ class Windows:
         slots = jnp.where(self.start[..., None] < 0, -1, slots).reshape(batch, -1)
         rows = move_rows(x, slots, self.place)
         return rows.reshape(batch, count, self.rate, width)
-
-    def visible(self, length: int, segment_ids: jax.Array | None) -> jax.Array:
-        """bool [B, T, C]: an entry is seen from the token that closes its window onward.
-
-        Only by its own sample. length: T. segment_ids: int32 [B, T] or None.
-        """
-        token = jnp.arange(length, dtype=jnp.int32)[:, None]
-        seen = self.last[:, None] <= token
-        if segment_ids is not None and self.segment is not None:
-            seen &= self.segment[:, None] == segment_ids[..., None]
-        return seen
 
 
 @jax.custom_vjp

@@ -151,7 +151,8 @@ def make_train_step(
 
     def total(params, variables, tokens, segment_ids, now: Phase, resolved):
         model = program.bind(params, variables, resolved.index)
-        out = model(tokens[:, :-1], segment_ids[:, :-1], dense_index=now.dense)
+        dense = now.dense if schedule.resolve("dense_steps") else False  # static: compiled once
+        out = model(tokens[:, :-1], segment_ids[:, :-1], dense_index=dense)
         found = losses(out, tokens, segment_ids)
         loss = found["loss"] + objective.balance * found["balance_loss"]
         if "mtp_loss" in found:
