@@ -11,6 +11,7 @@ _NAMES = {
     "Transformer": "v4jax.model",
     "load_hf": "v4jax.interop",
     "load_run": "v4jax.training.run",
+    "pack_experts": "v4jax.packing",
 }
 _MODULES = ("config", "interop", "model", "numerics", "parallel", "presets", "quantization")
 

@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from safetensors import safe_open
 
 from v4jax.config import CSA, HCA, SLIDING, CompressRates, ModelConfig, RopeScaling
+from v4jax.layers.experts import PackedWeight
 from v4jax.layers.router import HashTable
 from v4jax.model import Transformer
 
@@ -152,6 +153,8 @@ def _leaves(model: Transformer) -> dict[str, tuple[tuple, nnx.Variable, int | No
     prefix, unit, _ = model.config.schedule
     leaves: dict[str, tuple[tuple, nnx.Variable, int | None]] = {}
     for key, variable in nnx.to_flat_state(nnx.state(model)):
+        if isinstance(variable, PackedWeight):
+            raise ValueError("the model's experts are packed: take the model before pack_experts")
         if key[0] != "units":
             leaves[".".join(map(str, key))] = (key, variable, None)
             continue

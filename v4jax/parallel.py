@@ -24,12 +24,13 @@ RULES: dict[str | None, str | None] = {
 
 
 def partition_spec(variable: nnx.Variable, rules=RULES) -> PartitionSpec:
-    """The mesh axes of a parameter; a stacked one has a leading, replicated layer axis.
+    """The mesh axes of a parameter; a stacked one has a leading, replicated layer axis. Packed
+    experts, which are several arrays, are replicated.
 
     Raises ValueError for a logical axis that the table does not name, and for a mesh axis used
     twice in one parameter.
     """
-    rank = len(variable.shape)
+    rank = len(getattr(variable, "shape", ()))
     axes = getattr(variable, "logical_axes", (None,) * rank)
     axes = (None,) * (rank - len(axes)) + tuple(axes)
     for axis in axes:
