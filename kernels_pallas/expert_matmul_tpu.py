@@ -321,7 +321,7 @@ def _call(
     def of(spec):
         return pl.BlockSpec(spec.block_shape, with_steps(spec.index_map, len(grid)))
 
-    out = pl.pallas_call(
+    call = pl.pallas_call(
         with_steps(kernel, 0),
         out_shape=compat.result(*out, *operands, *scalars),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -339,8 +339,8 @@ def _call(
         ),
         name=name,
         interpret=interpret,
-    )(*scalars, *operands)
-    return lax.optimization_barrier(out)
+    )
+    return tpu.looped(call)(*scalars, *operands)
 
 
 def _fit(rows: int, depth: int, columns: int, dtype, packed: bool, choices) -> tuple[int, int]:

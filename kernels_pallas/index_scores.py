@@ -77,9 +77,9 @@ def index_scores(
         "index_scores",
         implementation,
         {
+            "gpu": dispatch.needs("gpu", interpret),
             "xla": None,
             "reference": None,
-            "gpu": dispatch.needs("gpu", interpret),
         },
         f"{q.shape[2]} heads x {q.shape[3]}, {spec.score_dtype}",
     )

@@ -1,7 +1,10 @@
 """What the Mosaic TPU kernels share: a budget and products on the matrix unit."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 from jax.experimental.pallas import tpu as pltpu
 
 VMEM = 48 << 20  # bytes that blocks and scratch may take: a v7x core has 64 MiB, others 128
@@ -17,6 +20,26 @@ def params(axes: int) -> pltpu.CompilerParams:
         dimension_semantics=[kinds.PARALLEL] * (axes - 1) + [kinds.ARBITRARY],
         vmem_limit_bytes=VMEM + _COMPILER,
     )
+
+
+def looped(call: Callable[..., Array]) -> Callable[..., Array]:
+    """`call`, of arrays, whose vmap is a loop of calls, and whose result is fused with nothing.
+
+    Pallas' own vmap of a kernel with prefetched scalars is such a loop too. But libtpu (0.0.52)
+    writes a kernel's result in place into what a loop stacks, and aborts where the two differ in
+    tiling, as for bfloat16 on v7x.
+    """
+    run = custom_vmap(lambda *arrays: lax.optimization_barrier(call(*arrays)))
+
+    @run.def_vmap
+    def _(size, is_batched, *arrays):
+        def one(some):
+            some = iter(some)
+            return run(*(next(some) if b else a for a, b in zip(arrays, is_batched, strict=True)))
+
+        return lax.map(one, [a for a, b in zip(arrays, is_batched, strict=True) if b]), True
+
+    return run
 
 
 def dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:

@@ -27,8 +27,9 @@ MODEL = ("tests.test_model_against_reference", "test_random_model", "csa, at a w
 PACKED = ("tests.test_model_against_reference", "test_padding_may_lie_anywhere")
 HC_GRADIENT = ("tests.layers.test_hyper_connections", "test_gradient_of_a_layer", 4)
 ROPE_GRADIENT = ("tests.layers.test_rope", "test_the_gradient_is_the_transpose")
-FORMS = ("tests.layers.test_sparse_attention", "check_forms", 5, None)
-GATHERED = ("tests.layers.test_sparse_attention", "check_model")
+SPARSE = "tests.layers.test_sparse_attention"
+FORMS = (SPARSE, "test_both_forms_equal_the_loop_and_each_others_gradients", False, "one piece", 0)
+GATHERED = (SPARSE, "test_the_model_does_not_depend_on_the_form", "sparse")
 YARN = ("tests.layers.test_rope", "test_yarn_table", "ramp past the pairs")
 TESTS = (MODEL, PACKED, HC_GRADIENT, ROPE_GRADIENT, FORMS, GATHERED, YARN)
 

@@ -7,16 +7,13 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 from tests import reference
-from tests.jax_model import build, quick_jit
-from tests.numerics import brute_force
+from tests.jax_model import build
 from tests.reference_parameters import random_parameters
 from tests.training import tiny
-from v4jax.analysis import evaluation
 from v4jax.analysis.comparison import expert_bytes
 from v4jax.analysis.evaluation import (
     Choices,
@@ -24,11 +21,8 @@ from v4jax.analysis.evaluation import (
     Paired,
     bits_per_byte,
     per_token,
-    recall_table,
     router_agreement,
 )
-from v4jax.layers.context import IndexFormats
-from v4jax.numerics import MXFP4
 from v4jax.quantization import NO_QUANTIZATION, PAPER
 from v4jax.training.data import EvalWindows
 from v4jax.training.step import Program, split_model
@@ -183,63 +177,7 @@ def test_no_share_of_a_gap_that_may_be_none():
     assert Interval(1, 0, 2).holds_zero and Interval(-1, -2, 0).holds_zero
 
 
-# ---- recall ----
-
-
-def exact_operands(seed, b=2, t=20, c=9, i=3, j=64):
-    """q, k, w and which entries are visible; small dyadic numbers, so that float32 is exact and
-    many scores are equal, and 64 channels, so that the Hadamard matrix is exact too."""
-    rng = np.random.default_rng(seed)
-    q = rng.integers(-2, 3, (b, t, i, j)) * (rng.random((b, t, i, j)) < 0.2)
-    k = rng.integers(-2, 3, (b, c, j)) * (rng.random((b, c, j)) < 0.2)
-    k[:, c // 2] = k[:, 1]
-    w = rng.choice([-1, -0.5, 0.25, 1, 2], (b, t, i))
-    visible = rng.random((b, t, c)) < 0.7
-    visible[:, :2] = False
-    return q.astype(np.float32), k.astype(np.float32), w.astype(np.float32), visible
-
-
-def rotated(x) -> np.ndarray:
-    """Sylvester's matrix by parities of its indices, and MXFP4, for one vector of 64."""
-    signs = [[(-1) ** (m & n).bit_count() for n in range(64)] for m in range(64)]
-    return brute_force.quantize((np.array(signs) @ x / 8).astype(np.float32), "mxfp4").values
-
-
-def recall_by_hand(q, k, w, visible, top_k, bf16: bool):
-    """Recall of one query, or NaN: q [I, J], k [C, J], w [I], visible [C]."""
-    if visible.sum() <= top_k:
-        return math.nan
-
-    def scores(q, k, coarse):
-        found = [sum(w[i] * max(float(q[i] @ key), 0.0) for i in range(len(w))) / 8 for key in k]
-        return [float(ml_dtypes.bfloat16(s)) for s in found] if coarse else found
-
-    def best(scores):
-        seen = np.flatnonzero(visible)
-        return {seen[i] for i in reference.top_k([scores[c] for c in seen], top_k)}
-
-    fp4 = np.array([rotated(head) for head in q]), np.array([rotated(key) for key in k])
-    rounded = best(scores(*fp4, False))
-    other = best(scores(*fp4, True)) if bf16 else best(scores(q, k, False))
-    return len(rounded & other) / top_k
-
-
-@pytest.mark.parametrize("top_k", [1, 4, 6])
-def test_recall_against_brute_force(top_k):
-    q, k, w, visible = exact_operands(top_k)
-    collected = {"operands": (q, k, w), "visible": jnp.asarray(visible)}
-    formats = IndexFormats(query=MXFP4, key=MXFP4, scores="bf16")  # the option changes neither
-    found = quick_jit(lambda x: evaluation._recall(x, formats, top_k))(collected)
-    for name, bf16 in (("qk", False), ("score", True)):
-        wanted = [
-            [recall_by_hand(q[b, t], k[b], w[b, t], visible[b, t], top_k, bf16) for t in range(20)]
-            for b in range(2)
-        ]
-        np.testing.assert_allclose(found[name], wanted, rtol=1e-6)
-        assert np.isnan(wanted).any() and np.isfinite(wanted).any()
-    assert np.nanmin(found["qk"]) < 1  # FP4 does change selections here
-    unrounded = evaluation._recall(collected, IndexFormats(), top_k)["qk"]
-    assert np.nanmin(unrounded) == 1
+# ---- choices ----
 
 
 def test_choices_of_a_model(model, by_reference):
@@ -253,37 +191,14 @@ def test_choices_of_a_model(model, by_reference):
         count = COUNTS[window]
         assert np.array_equal(ids[window, :count], run.router_choices[0][:count])
     entries = (np.arange(T) + 1) // CONFIG.compress_rates.compressed_sparse_attention
-    (layer,) = found.recalls
-    assert np.array_equal(np.isfinite(layer["qk"]), np.broadcast_to(entries > K, (5, T)))
+    (layer,) = found.keeps
+    for kept in layer[K]["qk"]:
+        assert np.array_equal(np.isfinite(kept), np.broadcast_to(entries > K, (5, T)))
     found = evaluator.choices(model.params, model.variables, PAPER, 4)
     assert len(found.mask) == 4
-    table = recall_table(found)
+    table = found.recalls(K)
     assert table["qk"]["queries"] == sum((entries[:count] > K).sum() for count in COUNTS[:4])
     assert 1 / K <= table["qk"]["min"] <= table["qk"]["p5"] <= table["qk"]["mean"] < 1
-
-
-def test_the_table_of_recalls():
-    nan = math.nan
-    mask = np.array([[True, True, True], [True, True, False]])
-    first = np.array([[nan, 0.5, 1.0], [0.25, 1.0, 0.0]])  # the last one is masked
-    second = np.array([[nan, 1.0, 1.0], [0.75, 0.5, 0.0]])
-    none = np.full((2, 3), nan)
-    choices = Choices([{"qk": first, "score": none}, {"qk": second, "score": none}], [], mask)
-    table = recall_table(choices)
-    values = [0.5, 1.0, 0.25, 1.0, 1.0, 1.0, 0.75, 0.5]
-    assert table == {
-        "qk": {
-            "mean": 0.75,
-            "min": 0.25,
-            "p5": float(np.percentile(values, 5)),
-            "per_layer": [0.6875, 0.8125],
-            "per_layer_min": [0.25, 0.5],
-            "per_layer_p5": [float(np.percentile(v, 5)) for v in (values[:4], values[4:])],
-            "queries": 8,
-        },
-        "score": None,
-    }
-    assert recall_table(Choices([], [], mask)) == {"qk": None, "score": None}
 
 
 def test_router_agreement_against_loops():
@@ -314,7 +229,7 @@ def test_router_agreement_against_loops():
 
 def test_bytes_of_experts(model):
     size = 2 * 4 * (2 * 32 * 32 + 32 * 32)  # a layer's and MTP's four experts
-    assert expert_bytes(model.params, PAPER) == {
+    assert expert_bytes(model.program.bind(model.params, model.variables)) == {
         "bf16": 2 * size,
         "fp4": size // 2 + size // 32,
         "ratio": 64 / 17,

@@ -5,28 +5,27 @@
 
 import dataclasses
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
+from v4jax import packing
 from v4jax.analysis.evaluation import (
     Evaluator,
     Interval,
     Paired,
     bits_per_byte,
     per_token,
-    recall_table,
     router_agreement,
 )
+from v4jax.analysis.findings import at
 from v4jax.inference.generate import generate
-from v4jax.numerics import pack, quantize
+from v4jax.model import Transformer
 from v4jax.quantization import (
     NO_QUANTIZATION,
     PARTS,
     Quantization,
-    flat_paths,
     lossless_share,
     quantized,
-    resolve,
 )
 from v4jax.training.metrics import read_metrics
 from v4jax.training.run import Trainer
@@ -63,7 +62,8 @@ def compare(evaluator: Evaluator, arms: Arms) -> dict:
         }
         report |= found if scope == "paper" else {scope: found}
     report |= selection(evaluator, arms, CHOICE_WINDOWS)
-    report["expert_bytes"] = expert_bytes(arms.qat["paper"].params, arms.scopes["paper"])
+    trained = arms.qat["paper"]
+    report["expert_bytes"] = expert_bytes(evaluator.program.bind(trained.params, trained.variables))
     lossless = lossless_share(arms.scopes["paper"], arms.qat["paper"].params)
     report["fp8_lossless_share"] = float(lossless(arms.qat["paper"].params))
     return report
@@ -95,15 +95,16 @@ def selection(evaluator: Evaluator, arms: Arms, count: int) -> dict:
     plain = evaluator.choices(control.params, control.variables, NO_QUANTIZATION, count)
     ptq = evaluator.choices(control.params, control.variables, quantization, count)
     trained = evaluator.choices(qat.params, qat.variables, quantization, count)
-    recall, untrained = recall_table(trained), recall_table(ptq)
+    top_k = evaluator.program.config.index_topk
+    recall, untrained = trained.recalls(top_k), ptq.recalls(top_k)
     learned = [
         i for i, kind in enumerate(evaluator.program.config.mlp_layer_types) if kind == "moe"
     ]
     return {
         "recall": {
-            "qk": recall["qk"] and recall["qk"]["mean"],
-            "score": recall["score"] and recall["score"]["mean"],
-            "detail": recall | {"control_qk": untrained["qk"], "control_score": untrained["score"]},
+            "qk": at(recall, "qk.mean"),
+            "score": at(recall, "score.mean"),
+            "detail": recall | {f"control_{name}": found for name, found in untrained.items()},
         },
         "router_agreement": {
             "control_qat": router_agreement(plain, trained, learned),
@@ -121,16 +122,11 @@ def phase_seconds(arms: Arms) -> dict[str, float | None]:
     return {name: float(np.median(v)) if v else None for name, v in seconds.items()}
 
 
-def expert_bytes(params, quantization: Quantization) -> dict:
-    """Bytes of the routed experts in BF16 and packed, counted on the packed arrays themselves."""
-    resolved = resolve(quantization, params)
-    flat = flat_paths(params)
-    packed_as = jax.jit(lambda w, fmt: pack(quantize(w, fmt)), static_argnums=1)
-    bf16 = fp4 = 0
-    for path, fmt in resolved.weights.items():
-        packed = packed_as(flat[path], fmt)
-        fp4 += sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
-        bf16 += 2 * flat[path].size
+def expert_bytes(model: Transformer) -> dict:
+    """Bytes of the routed experts in BF16 and in FP4: counted on the arrays of the packed model."""
+    packed = packing.pack_experts(model)
+    in_bf16 = [w.astype(jnp.bfloat16) for w in packing.expert_arrays(model)]
+    bf16, fp4 = (sum(w.nbytes for w in ws) for ws in (in_bf16, packing.expert_arrays(packed)))
     return {"bf16": bf16, "fp4": fp4, "ratio": bf16 / fp4}
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from v4jax.analysis import recall
 from v4jax.layers.context import IndexFormats
-from v4jax.layers.indexer import index_scores, select
+from v4jax.numerics import MXFP4
 from v4jax.quantization import NO_QUANTIZATION, Quantization, quantize_params, resolve
 from v4jax.training.data import EvalWindows
 from v4jax.training.step import Program
@@ -24,8 +25,8 @@ class Evaluator:
 
     def __init__(self, program: Program, windows: EvalWindows, batch_size: int):
         self.program, self.windows, self.batch_size = program, windows, batch_size
-        self._nll = jax.jit(self._batch_nll, static_argnums=0)
-        self._choices = jax.jit(self._batch_choices, static_argnums=0)
+        self._nll = jax.jit(self._batch_nll, static_argnums=(0, 1))
+        self._collect = jax.jit(self._batch_collect, static_argnums=0)
 
     def _batches(self, count: int | None):
         """Padded batches of the first `count` windows, and how many rows of each are real."""
@@ -42,107 +43,84 @@ class Evaluator:
         resolved = resolve(quantization, params)
         return quantize_params(params, resolved.weights), resolved.index
 
-    def _batch_nll(self, index, params, variables, tokens, mask):
-        logits = self.program.bind(params, variables, index)(tokens[:, :-1]).logits
+    def _batch_nll(self, index, dense_index, params, variables, tokens, mask):
+        model = self.program.bind(params, variables, index)
+        logits = model(tokens[:, :-1], dense_index=dense_index).logits
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.sum(nll * mask, axis=1)
 
-    def nll(self, params, variables, quantization=NO_QUANTIZATION, count=None) -> np.ndarray:
+    def nll(
+        self,
+        params,
+        variables,
+        quantization: Quantization = NO_QUANTIZATION,
+        count: int | None = None,
+        index: IndexFormats | None = None,
+        dense_index: bool = False,
+    ) -> np.ndarray:
         """Negative log-likelihood of each window, nats summed over its counted tokens: float64 [W].
 
         The forward pass is exactly the one that training under `quantization` runs. count: only
-        the first so many windows.
+        the first so many windows. index: the indexer's formats instead of the quantization's.
+        dense_index: CSA attends to every visible entry, and the indexer chooses nothing.
         """
-        rounded, index = self._rounded(params, quantization)
+        rounded, own = self._rounded(params, quantization)
+        arrays = rounded, variables
         sums = [
-            np.asarray(self._nll(index, rounded, variables, tokens, mask), np.float64)[:real]
+            np.asarray(self._nll(index or own, dense_index, *arrays, tokens, mask), np.float64)[
+                :real
+            ]
             for tokens, mask, real in self._batches(count)
         ]
         return np.concatenate(sums)
 
-    def _batch_choices(self, index, params, variables, tokens):
+    def _batch_collect(self, index, params, variables, tokens):
         out = self.program.bind(params, variables, index)(tokens[:, :-1], collect=True)
         layers = out.aux["layers"]
-        top_k = self.program.config.index_topk
-        recalls = [_recall(layer["index"], index, top_k) for layer in layers if "index" in layer]
-        return recalls, [layer["expert_ids"] for layer in layers]
+        operands = [layer["index"]["operands"] for layer in layers if "index" in layer]
+        return operands, [layer["expert_ids"] for layer in layers]
 
-    def choices(self, params, variables, quantization, count: int) -> "Choices":
-        """What the first `count` windows make the indexers and routers choose."""
+    def choices(
+        self,
+        params,
+        variables,
+        quantization: Quantization,
+        count: int,
+        top_ks: tuple[int, ...] = (),
+        compare=recall.comparisons,
+    ) -> "Choices":
+        """What the first `count` windows make the indexers and routers choose.
+
+        top_ks: the k of the recalls, by default the model's own alone. compare: formats of query
+        and key -> comparisons; the formats are those of `quantization`, or MXFP4.
+        """
         rounded, index = self._rounded(params, quantization)
-        recalls, ids, masks = [], [], []
+        compared = compare(index.query or MXFP4, index.key or MXFP4)
+        config = self.program.config
+        ratio = config.compress_rates.compressed_sparse_attention
+        top_ks = top_ks or (config.index_topk,)
+        parts, masks = [], []
         for tokens, mask, real in self._batches(count):
-            batch = self._choices(index, rounded, variables, tokens)
-            batch = jax.tree.map(lambda x, real=real: np.asarray(x)[:real], batch)
-            recalls.append(batch[0])
-            ids.append(batch[1])
+            operands, ids = self._collect(index, rounded, variables, tokens)
+            found = [recall.keeps(layer, ratio, top_ks, compared) for layer in operands]
+            parts.append(jax.tree.map(lambda x, real=real: np.asarray(x)[:real], (found, ids)))
             masks.append(mask[:real])
         join = lambda *parts: np.concatenate(parts)  # noqa: E731
-        return Choices(
-            recalls=jax.tree.map(join, *recalls),
-            expert_ids=jax.tree.map(join, *ids),
-            mask=np.concatenate(masks),
-        )
+        keeps, ids = jax.tree.map(join, *parts)
+        return Choices(keeps, ids, np.concatenate(masks))
 
 
 class Choices(NamedTuple):
-    """recalls: a dict for each CSA layer of float [W, T], NaN for queries that do not count.
-    expert_ids: int [W, T, K] for each layer. mask: bool [W, T], counted tokens."""
+    """keeps: for each CSA layer k -> comparison -> what is kept, [W, T], NaN for queries that do
+    not count. expert_ids: int [W, T, K] for each layer. mask: bool [W, T], counted tokens."""
 
-    recalls: list[dict[str, np.ndarray]]
+    keeps: list[recall.Keeps]
     expert_ids: list[np.ndarray]
     mask: np.ndarray
 
-
-def _recall(collected: dict, formats: IndexFormats, top_k: int) -> dict[str, jax.Array]:
-    """Recalls of one CSA layer, each [B, T], NaN where no more than top_k entries are visible.
-
-    qk: selection from FP4 query and key against that from the same activations unrounded, both
-    with float32 scores. score: BF16 scores against float32 scores of the same FP4 operands.
-    """
-    operands, visible = collected["operands"], collected["visible"]
-    rounded = dataclasses.replace(formats, scores=None)
-    exact = index_scores(operands)
-    coarse = index_scores(operands, rounded)
-    bf16 = index_scores(operands, dataclasses.replace(rounded, scores="bf16"))
-    counts = jnp.sum(visible, axis=-1) > top_k
-    chosen = {
-        name: select(scores, visible, top_k)
-        for name, scores in (("exact", exact), ("coarse", coarse), ("bf16", bf16))
-    }
-
-    def share(a, b):
-        both = jnp.sum(chosen[a] & chosen[b], axis=-1) / top_k
-        return jnp.where(counts, both, jnp.nan)
-
-    return {"qk": share("coarse", "exact"), "score": share("bf16", "coarse")}
-
-
-def recall_table(choices: Choices) -> dict[str, dict | None]:
-    """`qk` and `score` -> mean, minimum and 5th percentile over queries, in all and per layer.
-
-    |top-k of one  intersect  top-k of the other| / k over queries with more than k visible
-    entries, lowest index first among equal scores. The report does not define its recall; this is
-    our definition. None where no query has more than k visible entries.
-    """
-    found: dict[str, dict | None] = {}
-    for name in ("qk", "score"):
-        layers = [layer[name][choices.mask] for layer in choices.recalls]
-        layers = [values[np.isfinite(values)] for values in layers]
-        every = np.concatenate(layers) if layers else np.zeros(0)
-        if not len(every):
-            found[name] = None
-            continue
-        found[name] = {
-            "mean": float(every.mean()),
-            "min": float(every.min()),
-            "p5": float(np.percentile(every, 5)),
-            "per_layer": [float(values.mean()) for values in layers],
-            "per_layer_min": [float(values.min()) for values in layers],
-            "per_layer_p5": [float(np.percentile(values, 5)) for values in layers],
-            "queries": len(every),
-        }
-    return found
+    def recalls(self, top_k: int) -> dict[str, dict | None]:
+        """`recall.table` of all layers at one k."""
+        return recall.table([layer[top_k] for layer in self.keeps], self.mask)
 
 
 def router_agreement(a: Choices, b: Choices, layers: list[int]) -> dict:

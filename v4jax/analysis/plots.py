@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,12 @@ STYLE = {
 def save(
     path: pathlib.Path, report: Mapping[str, Any], histories: Mapping[str, Sequence[Mapping]]
 ) -> None:
-    """Draws the report (JSON-able) and the runs' metrics (rows by run name) into a PNG, as a whole.
+    """Draws the report (JSON-able) and the runs' metrics (rows by run name) into a PNG."""
+    save_figure(path, lambda: draw(report, histories))
+
+
+def save_figure(path: pathlib.Path, drawn: Callable[[], Any]) -> None:
+    """Writes the matplotlib Figure that `drawn` makes, in this module's style, as a whole.
 
     Neither a display nor pyplot's state is touched.
     """
@@ -67,7 +72,7 @@ def save(
     import matplotlib.style
 
     with matplotlib.style.context(["default", STYLE]):
-        figure = draw(report, histories)
+        figure = drawn()
         temporary = path.with_name(path.name + ".tmp")
         figure.savefig(temporary, format="png", metadata={"Software": None})
         os.replace(temporary, path)

@@ -119,7 +119,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         _results(report),
         _gap_by_part(report),
         _choices(report),
-        _bullets("## Bytes, seconds, recall", findings.costs(report)),
+        bullets("## Bytes, seconds, recall", findings.costs(report)),
         _continuation(report.get("continuation") or {}),
         _seeds(report),
         "The DeepSeek-V4 report puts FP4 QAT in post-training; a switch late in pre-training is "
@@ -149,7 +149,7 @@ def _what_was_run(what: Mapping[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "Seconds: " + ", ".join(f"{name} {number(s, ',.0f')}" for name, s in seconds.items()),
     ]
-    return _bullets(f"## What was run\n\n{_fenced(what.get('command') or '-', 'sh')}", lines)
+    return bullets(f"## What was run\n\n{fenced(what.get('command') or '-', 'sh')}", lines)
 
 
 def _arms(report: Mapping[str, Any]) -> str:
@@ -181,7 +181,7 @@ def _results(report: Mapping[str, Any]) -> str:
         "final weights rounded to FP4. QAT: trained in FP4 from the switch on, on the control's "
         "data in the control's order.",
         *(
-            _bullets(str(scope), findings.sentences(scope, findings.baseline(report)))
+            bullets(str(scope), findings.sentences(scope, findings.baseline(report)))
             for scope in scopes(report)
         ),
         findings.context_models(report),
@@ -234,7 +234,7 @@ def _choices(report: Mapping[str, Any]) -> str:
 
 def _continuation(found: Mapping[str, Any]) -> str:
     arms = {"prompt": "The prompt", "control": "Continued by control", "qat": "Continued by QAT"}
-    blocks = [f"{label}:\n\n{_fenced(found[key])}" for key, label in arms.items() if found.get(key)]
+    blocks = [f"{label}:\n\n{fenced(found[key])}" for key, label in arms.items() if found.get(key)]
     return "\n\n".join(["## One prompt, continued", *blocks]) if blocks else ""
 
 
@@ -246,14 +246,15 @@ def _seeds(report: Mapping[str, Any]) -> str:
         for name, one in report["seeds"]["metrics"].items()
     ]
     numbers = table(rows, ("over seeds", "mean", "std", "each"))
-    return f"{_bullets('## Seeds', findings.over_seeds(report))}\n\n{numbers}"
+    return f"{bullets('## Seeds', findings.over_seeds(report))}\n\n{numbers}"
 
 
-def _bullets(heading: str, lines: Sequence[str]) -> str:
+def bullets(heading: str, lines: Sequence[str]) -> str:
+    """A heading and a Markdown list below it; "" without lines."""
     return heading + "\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
 
 
-def _fenced(text: str, language: str = "") -> str:
+def fenced(text: str, language: str = "") -> str:
     """A Markdown code block that no text can end; what does not print becomes U+FFFD."""
     text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -105,7 +105,8 @@ def _rounded(scores: jax.Array, formats: IndexFormats) -> jax.Array:
         return scores
     # Not a cast there and back, which a compiler may drop; and no gradient in BF16.
     rounded = jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
-    return scores + jax.lax.stop_gradient(rounded - scores)
+    change = jnp.where(scores > -jnp.inf, rounded - scores, 0.0)
+    return scores + jax.lax.stop_gradient(change)  # exact: the change is a few bits of scores
 
 
 def _rotated(operands: Operands, formats: IndexFormats):

@@ -147,15 +147,16 @@ def in_pieces(function, arrays, numbers: int):
 
     arrays: a tree of [B, L, ...], rows of axis 1 independent of one another; so is the result.
     numbers: how many float32 numbers a row of axis 1 keeps alive; a piece has as many rows as make
-    PIECE of them. More than one piece: each is computed again in the backward pass.
+    PIECE of them, and is computed again in the backward pass. Where all rows make no more than four
+    pieces there is no loop: it would save a little time, and cost as much again to compile.
 
     Pieces are cut along the length and hold the whole batch, which may be sharded.
     """
     batch, length = jax.tree.leaves(arrays)[0].shape[:2]
-    rows = max(1, PIECE.get(platform(), ACCELERATOR_PIECE) // numbers)
-    count = -(-length // rows)
-    if count == 1:
+    piece = PIECE.get(platform(), ACCELERATOR_PIECE)
+    if length * numbers <= 4 * piece:
         return function(arrays)
+    count = -(-length // max(1, piece // numbers))
     rows = -(-length // count)
 
     def cut(x):
