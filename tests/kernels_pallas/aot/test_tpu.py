@@ -175,11 +175,7 @@ def test_selector(dtype, name, target):
 
 
 def operands_of_all(*lead: int):
-    """Of the three kernels, each with leading axes.
-
-    Not tiny: for v7x libtpu 0.0.52 aborts over two of these kernels in one loop where it would
-    keep what the loop stacks in VMEM.
-    """
+    """Of the three kernels, each with leading axes. What a loop stacks of them fits into VMEM."""
     shapes = Experts(4096, 8, 512, 512).operands(jnp.bfloat16)
     operands = *shapes, Index(1, 1024, 8, 64, 1024, 64).operands(jnp.bfloat16)
     return jax.tree.map(lambda a: S((*lead, *a.shape), a.dtype), operands)
