@@ -28,8 +28,8 @@ from jax import Array
 from kernels_pallas import expert_matmul_cpu
 from kernels_pallas.compat import summed_like
 from kernels_pallas.dispatch import choose, needs, platform
-from kernels_pallas.planar import Planar, is_mxfp4, to_packed, to_planar
-from v4jax.numerics import Packed, Quantized, pack
+from kernels_pallas.planar import Planar, to_packed, to_planar
+from v4jax.numerics import Packed, Quantized, dequantize, is_mxfp4, pack
 
 
 def expert_matmul(
@@ -62,7 +62,7 @@ def expert_matmul(
     name = choose("expert_matmul", implementation, _candidates(x, w, group_sizes, interpret))
     if name in ("ragged", "reference"):
         if not isinstance(w, Array):
-            decoded = expert_matmul_cpu.decode(to_packed(w) if isinstance(w, Planar) else w)
+            decoded = dequantize(to_packed(w) if isinstance(w, Planar) else w)
             w = decoded if master is None else _straight_through(master, decoded)
         return {"ragged": _ragged, "reference": _reference}[name](x, w.astype(x.dtype), group_sizes)
     if isinstance(w, Packed) and name in ("tpu", "gpu"):

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.compat import varying_like
-from kernels_pallas.planar import BLOCK, Planar, to_packed
+from kernels_pallas.planar import Planar, to_packed
 from v4jax.numerics import Packed
+from v4jax.numerics.decode import decode_words, words
 
 TILE, SMALL = 128, 32  # rows a step
-EXPONENT = 23  # its place in a float32
-HALF = 1 << 22  # the mantissa of 1.5
 
 
 def rows(x, w, group_sizes, *, transpose=False, interpret=False):
@@ -29,7 +28,7 @@ def rows(x, w, group_sizes, *, transpose=False, interpret=False):
         w = to_packed(w)
     if isinstance(w, Packed):
         experts, n, k = *w.codes.shape[:-1], 2 * w.codes.shape[-1]
-        w = (_words(w), w.scales)  # sliced as words: XLA does not vectorize a slice of bytes
+        w = (words(w), w.scales)  # sliced as words: XLA does not vectorize a slice of bytes
     else:
         experts, n, k = w.shape
     contract, width = (0, k) if transpose else (1, n)
@@ -38,7 +37,7 @@ def rows(x, w, group_sizes, *, transpose=False, interpret=False):
 
     def matrix_of(e):
         one = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, e, keepdims=False), w)
-        return _decode(*one) if isinstance(one, tuple) else one.astype(jnp.float32)
+        return decode_words(*one) if isinstance(one, tuple) else one.astype(jnp.float32)
 
     def expert(e, out):
         matrix = matrix_of(e)
@@ -130,57 +129,3 @@ def _dot(a, b, axis_a: int, axis_b: int):
     return lax.dot_general(
         a.astype(jnp.float32), b.astype(jnp.float32), (((axis_a,), (axis_b,)), ((), ()))
     )
-
-
-def decode(p: Packed) -> Array:
-    """dequantize(p) of MXFP4 [..., K], bit for bit, at an eighth of its time on a CPU."""
-    return _decode(_words(p), p.scales)
-
-
-def _words(p: Packed) -> Array:
-    """The codes as uint32 [..., K/32, 4], eight elements each; no copy."""
-    return lax.bitcast_convert_type(p.codes.reshape(*p.scales.shape, 4, 4), jnp.uint32)
-
-
-def _decode(words: Array, scales: Array) -> Array:
-    """float32 [..., K], its bits put together by integers, one word of eight elements at a time.
-
-    With scale byte s, of 2^(s-127), and m an element's three bits below its sign:
-
-        m = 0, 1        0, 2^(s-128)                        elements 0 and 0.5
-        m = 2, ..., 7   exponent s, and (m - 2) / 2 on it   1, 1.5, 2, 3, 4, 6: two an octave
-
-    Other scales than 2 to 252 also meet subnormals, infinity and NaN. Those cost a third more, so
-    only where there are such.
-    """
-    usual = jnp.all((scales > 1) & (scales < 253))
-    return lax.cond(usual, _decode_usual, _decode_any, words, scales)
-
-
-def _decode_usual(words, scales):
-    one = scales.astype(jnp.uint32)[..., None, None] << EXPONENT
-    sign, m = _elements(words)
-    low = jnp.where(m == 0, 0, one - (1 << EXPONENT))
-    return _floats(sign | jnp.where(m < 2 * HALF, low, one + (m - 2 * HALF)))
-
-
-def _decode_any(words, scales):
-    s = scales.astype(jnp.uint32)[..., None, None]
-    sign, m = _elements(words)
-    unit = jnp.where(s > 1, (s - 1) << EXPONENT, jnp.uint32(1) << (21 + s))
-    # Below 2 elements are even, and times 2^-127, of scale byte 0, so are floats below 4.
-    even = m < jnp.where(s == 0, 4 * HALF, 2 * HALF)
-    magnitude = jnp.where(even, (m >> 22) * unit, (s << EXPONENT) + (m - 2 * HALF))
-    magnitude = jnp.minimum(magnitude, 0x7F800000) | jnp.where(s == 255, 0x7FC00000, 0)
-    return _floats(sign | magnitude)
-
-
-def _elements(words) -> tuple[Array, Array]:
-    """(sign at bit 31, m * HALF) of the eight elements of each word: uint32 [..., 8]."""
-    top = words[..., None] << (28 - 4 * jnp.arange(8, dtype=jnp.uint32))
-    return top & jnp.uint32(1 << 31), (top & jnp.uint32(7 << 28)) >> 6
-
-
-def _floats(bits) -> Array:
-    *lead, blocks, _, _ = bits.shape
-    return lax.bitcast_convert_type(bits, jnp.float32).reshape(*lead, blocks * BLOCK)

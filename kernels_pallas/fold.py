@@ -17,8 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.planar import is_mxfp4
-from v4jax.numerics import Quantized, blocks, exact
+from v4jax.numerics import Quantized, blocks, exact, is_mxfp4
 from v4jax.numerics.formats import E4M3
 
 _TOP = 6  # the exponent that the row's largest block gets: 6 * 2^6 = 384 is below E4M3's 448

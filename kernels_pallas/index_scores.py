@@ -23,9 +23,8 @@ from kernels_pallas import dispatch
 from kernels_pallas.blocks import over_blocks, scan_blocks
 from kernels_pallas.compat import varying_like
 from kernels_pallas.fold import fold
-from kernels_pallas.planar import is_mxfp4
 from kernels_pallas.visibility import is_visible, joint_range, visible_range
-from v4jax.numerics import FORMATS, Format, PowerOfTwo, fake_quantize, quantize
+from v4jax.numerics import FORMATS, Format, PowerOfTwo, fake_quantize, is_mxfp4, quantize
 
 HIGHEST = jax.lax.Precision.HIGHEST
 TILE = 1 << 16  # products of one head that stay in cache

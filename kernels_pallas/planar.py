@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4jax.numerics import MXFP4, Format, Packed
+from v4jax.numerics import Format, Packed, is_mxfp4
 
 BLOCK = 32  # of MXFP4, along K
 PAIR = 2 * BLOCK  # the low and the high nibbles of one plane
@@ -45,11 +45,6 @@ class Planar:
     def shape(self) -> tuple[int, ...]:
         """Of the weights as released: (..., N, K)."""
         return (*self.codes.shape[:-2], self.codes.shape[-1], self.width)
-
-
-def is_mxfp4(fmt: Format) -> bool:
-    """Whether a format has MXFP4's bits, however it chooses its scales."""
-    return (fmt.element, fmt.block, fmt.scale) == (MXFP4.element, MXFP4.block, MXFP4.scale)
 
 
 def to_planar(p: Packed) -> Planar:

@@ -12,6 +12,7 @@ from v4jax.numerics.formats import (
     MXFP4_FLOOR,
     NVFP4,
     Format,
+    is_mxfp4,
 )
 from v4jax.numerics.fp8_tiles import Fp8Tiles, fp8_tiles
 from v4jax.numerics.hadamard import hadamard
@@ -38,6 +39,7 @@ __all__ = [
     "fake_quantize",
     "fp8_tiles",
     "hadamard",
+    "is_mxfp4",
     "pack",
     "quantize",
     "unpack",

@@ -83,3 +83,8 @@ FP8_128X128 = Format(
 FP8_1X128 = Format("fp8_1x128", E4M3, (1, 128), E8M0, PowerOfTwo(448, _FP8_FLOOR))
 
 FORMATS = {fmt.name: fmt for fmt in (MXFP4, MXFP4_FLOOR, MXFP4_EVEN, NVFP4, FP8_128X128, FP8_1X128)}
+
+
+def is_mxfp4(fmt: Format) -> bool:
+    """Whether a format has MXFP4's bits, however it chooses its scales."""
+    return (fmt.element, fmt.block, fmt.scale) == (MXFP4.element, MXFP4.block, MXFP4.scale)

@@ -16,7 +16,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from v4jax.numerics import blocks, exact
-from v4jax.numerics.formats import MXFP4, Format
+from v4jax.numerics.decode import decode
+from v4jax.numerics.formats import MXFP4, Format, is_mxfp4
 from v4jax.numerics.storage import Packed, Quantized, unpack
 
 
@@ -37,6 +38,8 @@ def quantize(x: Array, fmt: Format = MXFP4) -> Quantized:
 def dequantize(q: Quantized | Packed, dtype: DTypeLike = jnp.float32) -> Array:
     """The values of `q` [..., n], computed in float32 and cast to `dtype`."""
     if isinstance(q, Packed):
+        if is_mxfp4(q.format):
+            return decode(q).astype(dtype)
         q = unpack(q)
     tile = q.format.tile
     values = blocks.split(q.values.astype(jnp.float32), tile)

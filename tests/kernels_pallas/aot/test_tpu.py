@@ -157,8 +157,9 @@ def check_selector(index: Index, dtype, score_dtype, output, target):
 
 
 @pytest.mark.parametrize("target", TPUS)
-@pytest.mark.parametrize("output", ["mask", "threshold"])
-@pytest.mark.parametrize("score_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("score_dtype", "output"), [("float32", "threshold"), ("bfloat16", "mask")]
+)
 @pytest.mark.parametrize("dtype", index_tpu.OPERANDS)
 def test_flash_selector(dtype, score_dtype, output, target):
     check_selector(FLASH_INDEX, dtype, score_dtype, output, target)
