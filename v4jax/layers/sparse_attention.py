@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from kernels_pallas.dispatch import platform
 from kernels_pallas.visibility import is_visible
 
-GATHER_ABOVE = 4  # entries / top_k above which "auto" gathers: measured on a CPU, see LOG.md
+GATHER_ABOVE = 4  # entries / top_k above which "auto" gathers: where the two cross on a CPU
 PIECE = {"cpu": 2**18}  # float32 numbers alive in a piece, more or less; 1 MB is a CPU's L2 cache
 ACCELERATOR_PIECE = 2**26
 
