@@ -50,9 +50,7 @@ def main():
     if "options" in ONLY.value:
         report["options"] = step.options(rounds, 0.0 if QUICK.value else 0.2)
     if "parts" in ONLY.value:
-        plain = report.get("options") or step.options(2, 0.0)
-        peaks = roofline.peaks(QUICK.value)
-        report["parts"] = step.parts(peaks, plain["plain_milliseconds"]["median"] / 1e3)
+        report["parts"] = step.parts(roofline.peaks(QUICK.value), rounds)
     if "lengths" in ONLY.value:
         lengths = (64, 256) if QUICK.value else step.LENGTHS
         report["lengths"] = step.lengths(max(2, rounds // 4), lengths)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -20,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from kernels_pallas import compat
+from kernels_pallas.blocks import over_blocks
 from kernels_pallas.select_topk_gpu import select
 
 COLUMNS = 128  # (query, head) pairs of a program
@@ -182,25 +182,14 @@ def index_select(
     row = max(1, batch * k.shape[1] * jnp.dtype(score_dtype).itemsize)
     steps = pl.cdiv(length, max(1, L2 // row // 16 * 16)) if length else 1
     block = pl.cdiv(pl.cdiv(length, steps), 16) * 16 if steps > 1 else length
+    w = head_weights.astype(jnp.float32)
+    w = w if row_scale_q is None else w * row_scale_q
 
-    def one(operands):
-        q, w, first, end, scale = operands
+    def one(q, w, first, end):
         made = scores(
-            q, k, w, first, end, row_scale_q=scale, row_scale_k=row_scale_k,
+            q, k, w, first, end, row_scale_k=row_scale_k,
             score_dtype=score_dtype, interpret=interpret,
         )  # fmt: skip
         return select(made, top_k, output=output, interpret=interpret)
 
-    operands = (q, head_weights, first, end, row_scale_q)
-    if steps == 1:
-        return one(operands)
-
-    def cut(x):  # [B, T, ...] -> [steps, B, block, ...]
-        x = jnp.pad(x, [(0, 0), (0, steps * block - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, steps, block, *x.shape[2:]), 1, 0)
-
-    def join(x):
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(batch, steps * block, *x.shape[3:])[:, :length]
-
-    return jax.tree.map(join, lax.map(one, jax.tree.map(cut, operands)))
+    return over_blocks(one, (q, w, first, end), block)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.launched import launched
 from v4jax.analysis.step_parts import parts
 from v4jax.training import command
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def launch(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "launch.py", "--experiment=benchmark_step", "--quick", *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-    )
+launch = functools.partial(launched, "benchmark_step", "--quick", JAX_PLATFORMS="cpu")
 
 
 @pytest.mark.slow

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from absl import flags
 
+from tests.launched import launched
 from v4jax.training.metrics import read_metrics
 from v4jax.training.run import load_run
 
-ROOT = Path(__file__).resolve().parents[1]
 SWITCH, STEPS = 4, 6
 RUNS = {"pretrain": (1, SWITCH), "control": (5, STEPS), "qat": (5, STEPS)}
 RUNS["qat_all_linears"] = RUNS["qat"]
 
 
-def launch(*arguments, timeout=300) -> subprocess.CompletedProcess:
-    """launch.py in a process of its own, with huge pages as they are: it then says nothing."""
-    return subprocess.run(
-        [sys.executable, "launch.py", "--experiment=bf16_to_fp4", *arguments],
-        env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.check=0"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-    )
+launch = functools.partial(launched, "bf16_to_fp4")
 
 
 @pytest.fixture(scope="module")

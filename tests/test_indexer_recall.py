@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.launched import launched
 from tests.training import tiny
 from v4jax.analysis import recall, recall_report, recall_study, synthetic
 from v4jax.analysis.evaluation import Choices, Paired
@@ -24,19 +22,10 @@ from v4jax.training.run import Pace
 from v4jax.training.switch import run_arms
 from v4jax.training.tokenizer import get_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
 
 
-def launch(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "launch.py", "--experiment=indexer_recall", "--quick", *arguments],
-        env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.check=0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-    )
+launch = functools.partial(launched, "indexer_recall", "--quick")
 
 
 @pytest.fixture(scope="module")

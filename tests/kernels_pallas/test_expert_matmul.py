@@ -18,6 +18,7 @@ from kernels_pallas.dispatch import compiling_for
 from kernels_pallas.expert_matmul_cpu import SMALL, TILE
 from kernels_pallas.planar import to_planar
 from tests.jax_model import quick_jit
+from tests.kernels_pallas.expert_backend import expected
 from v4jax.numerics import MXFP4_FLOOR, NVFP4, dequantize, pack, quantize
 
 expert_matmul_module = importlib.import_module("kernels_pallas.expert_matmul")
@@ -40,19 +41,6 @@ GROUPS = {
 }
 DEPTH, WIDTH = 12, 7
 FP4_DEPTH = 96  # whole blocks, and no whole pair of them
-
-
-def expected(x, w, sizes, g):
-    """y, dx and dw of sum(g * y) in float64."""
-    y, dx, dw = np.zeros((len(x), w.shape[1])), np.zeros_like(x), np.zeros_like(w)
-    start = 0
-    for expert, size in enumerate(sizes):
-        rows = slice(start, start + size)
-        y[rows] = x[rows] @ w[expert].T
-        dx[rows] = g[rows] @ w[expert]
-        dw[expert] = g[rows].T @ x[rows]
-        start += size
-    return y, dx, dw
 
 
 @functools.partial(quick_jit, static_argnums=(4, 5))

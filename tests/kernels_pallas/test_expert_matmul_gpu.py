@@ -20,9 +20,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import expert_matmul_gpu
-from kernels_pallas.planar import Planar, to_planar
-from tests.kernels_pallas.test_expert_matmul import expected
-from v4jax.numerics import MXFP4, dequantize, pack, quantize
+from kernels_pallas.planar import Planar
+from tests.kernels_pallas import expert_backend
+from tests.kernels_pallas.expert_backend import expected
+from v4jax.numerics import MXFP4
 
 INTERPRET = jax.default_backend() != "gpu"
 # Tokens, experts, N, K: one tile of tokens an expert or more, few (16, 32 and 64 columns) and many,
@@ -35,43 +36,14 @@ if not INTERPRET:
 
 @functools.cache
 def operands(shape: str, dtype: str, packed: bool):
-    """x, dy, w as the kernels take it, and what its numbers are, [E, N, K]."""
-    total, experts, n, k = SHAPES[shape]
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((total, k)), dtype)
-    dy = jnp.asarray(rng.standard_normal((total, n)), dtype)
-    w = jnp.asarray(rng.standard_normal((experts, n, k)), jnp.float32)
-    if packed:
-        q = quantize(w, MXFP4)
-        return x, dy, to_planar(pack(q)), np.asarray(dequantize(q), np.float64)
-    w = w.astype(dtype)
-    return x, dy, w, np.asarray(w, np.float64)
-
-
-@jax.jit
-def run(x, dy, w, sizes):
-    """y, dx, dw."""
-    rows = functools.partial(expert_matmul_gpu.rows, interpret=INTERPRET)
-    return (
-        rows(x, w, sizes),
-        rows(dy, w, sizes, transpose=True),
-        expert_matmul_gpu.weights(dy, x, sizes, interpret=INTERPRET),
-    )
+    return expert_backend.operands(SHAPES[shape], dtype, packed)
 
 
 def check(sizes, shape: str, dtype: str, packed: bool):
     x, dy, w, values = operands(shape, dtype, packed)
-    actual = run(x, dy, w, jnp.asarray(sizes, jnp.int32))
-    exact = expected(np.asarray(x, np.float64), values, sizes, np.asarray(dy, np.float64))
-    assert [a.dtype for a in actual] == [dtype, dtype, "float32"]
-    for result, value, low in zip(actual, exact, (True, True, False), strict=True):
-        tolerance = 2**-8 if low and dtype == "bfloat16" else 1e-5
-        scale = np.abs(value).max(initial=1e-30)
-        np.testing.assert_allclose(np.asarray(result), value, rtol=0, atol=tolerance * scale)
-    total = sum(sizes)
-    assert not np.any(actual[0][total:]) and not np.any(actual[1][total:])
-    for expert, size in enumerate(sizes):
-        assert size > 0 or not np.any(actual[2][expert])
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    actual = expert_backend.run(expert_matmul_gpu, x, dy, w, group_sizes, INTERPRET)
+    expert_backend.check(actual, x, dy, values, sizes)
 
 
 def groups(total: int) -> dict[str, list[int]]:

@@ -14,51 +14,25 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import expert_matmul_tpu
-from kernels_pallas.planar import Planar, to_planar
-from tests.kernels_pallas.test_expert_matmul import expected
-from v4jax.numerics import MXFP4, dequantize, pack, quantize
+from kernels_pallas.planar import Planar
+from tests.kernels_pallas import expert_backend
+from v4jax.numerics import MXFP4
 
 TOTAL, EXPERTS, N, K = 200, 4, 96, 160  # four tiles of 64 rows, the last ragged; K pads to 192
 
 
+run = functools.partial(expert_backend.run, expert_matmul_tpu, interpret=True)
+
+
 @functools.cache
 def operands(dtype: str, packed: bool):
-    """x, dy, w as the kernels take it, and what its numbers are, float64 [E, N, K]."""
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((TOTAL, K)), dtype)
-    dy = jnp.asarray(rng.standard_normal((TOTAL, N)), dtype)
-    w = jnp.asarray(rng.standard_normal((EXPERTS, N, K)), jnp.float32)
-    if packed:
-        q = quantize(w, MXFP4)
-        return x, dy, to_planar(pack(q)), np.asarray(dequantize(q), np.float64)
-    w = w.astype(dtype)
-    return x, dy, w, np.asarray(w, np.float64)
-
-
-@functools.partial(jax.jit, static_argnames="interpret")
-def run(x, dy, w, sizes, interpret=True):
-    """y, dx, dw."""
-    rows = functools.partial(expert_matmul_tpu.rows, interpret=interpret)
-    return (
-        rows(x, w, sizes),
-        rows(dy, w, sizes, transpose=True),
-        expert_matmul_tpu.weights(dy, x, sizes, interpret=interpret),
-    )
+    return expert_backend.operands((TOTAL, EXPERTS, N, K), dtype, packed)
 
 
 def check(sizes, dtype: str, packed: bool):
     x, dy, w, values = operands(dtype, packed)
     actual = run(x, dy, w, jnp.asarray(sizes, jnp.int32))
-    exact = expected(np.asarray(x, np.float64), values, sizes, np.asarray(dy, np.float64))
-    assert [a.dtype for a in actual] == [dtype, dtype, "float32"]
-    for result, value, low in zip(actual, exact, (True, True, False), strict=True):
-        tolerance = 2**-8 if low and dtype == "bfloat16" else 1e-5
-        scale = np.abs(value).max(initial=1e-30)
-        np.testing.assert_allclose(np.asarray(result), value, rtol=0, atol=tolerance * scale)
-    total = sum(sizes)
-    assert not np.any(actual[0][total:]) and not np.any(actual[1][total:])
-    for expert, size in enumerate(sizes):
-        assert size > 0 or not np.any(actual[2][expert])
+    expert_backend.check(actual, x, dy, values, sizes)
 
 
 GROUPS = {

@@ -86,15 +86,17 @@ def options(rounds: int, at_least: float) -> dict[str, Any]:
     }
 
 
-def parts(peaks: roofline.Peaks, seconds: float) -> dict[str, Any]:
+def parts(peaks: roofline.Peaks, rounds: int) -> dict[str, Any]:
     """## Where the plain step's time goes, and its FLOPs against the measured peak.
 
     FLOPs: 6 for each parameter that a token meets, the embedding table left out (2 forward, 4
-    backward), so attention's own products are not in them. seconds: of a step.
+    backward), so attention's own products are not in them.
     """
     trainer = step_cases.trainer(step_cases.PLAIN)
     program = step_cases.compiled_step(trainer)
-    found = step_parts.parts(program, step_cases.stepper(trainer))
+    run = step_cases.stepper(trainer, program)
+    seconds = timing.alternate({"plain": run}, rounds)["plain"].spread().median
+    found = step_parts.parts(program, run)
     active = parameter_counts(step_cases.CONFIG)["active without the embedding table"]
     flops = 6 * active * step_cases.BATCH * step_cases.LENGTH
     return {

@@ -1,0 +1,23 @@
+"""An experiment started as users start it, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launched(experiment: str, *arguments, timeout: float = 300, **environ):
+    """The finished process of `python launch.py --experiment=... arguments` on the CPU.
+
+    Huge pages stay as they are, so that launch.py says nothing of its own.
+    """
+    return subprocess.run(
+        [sys.executable, "launch.py", f"--experiment={experiment}", *map(str, arguments)],
+        env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.check=0"} | environ,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+    )
