@@ -148,8 +148,8 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     corpus = load_corpus(DATA.value)
     print(corpus.description, flush=True)
     train_part, held_out = split(corpus)
-    tokenizer = get_tokenizer(TOKENIZER.value, train_part, VOCAB_SIZE.value, ".cache/tokenizers")
-    dataset = Dataset.build(train_part.documents, tokenizer)
+    tokenizer = get_tokenizer(TOKENIZER.value, train_part, VOCAB_SIZE.value, ".cache/text")
+    dataset = Dataset.build(train_part.documents, tokenizer, ".cache/text")
     windows = evaluation_windows(held_out.documents, tokenizer, LENGTH.value, EVAL_WINDOWS.value)
 
     config = configure(tokenizer.vocab_size, dataset.hash, seed)

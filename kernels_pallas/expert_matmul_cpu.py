@@ -3,8 +3,11 @@
 `lax.ragged_dot` costs a CPU as much as all experts on all rows. Here an expert's rows go in tiles
 of TILE, what is left of them in small ones. A small tile may reach past its group, or be moved back
 to end with x: it writes its group's rows alone. Trip counts depend on the data, so reverse mode
-needs the custom VJP of `expert_matmul`. All arithmetic is float32.
+needs the custom VJP of `expert_matmul`. All arithmetic is float32. Both functions are jitted here,
+so that a model of many layers traces them once.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,7 @@ from v4jax.numerics.decode import decode_words, words
 TILE, SMALL = 128, 32  # rows a step
 
 
+@functools.partial(jax.jit, static_argnames=("transpose", "interpret"))
 def rows(x, w, group_sizes, *, transpose=False, interpret=False):
     """Each row times its expert's matrix: x [T, K] -> [T, N]; transposed [T, N] -> [T, K].
 
@@ -64,6 +68,7 @@ def rows(x, w, group_sizes, *, transpose=False, interpret=False):
     return _for_each(group_sizes, expert, varying_like(out, x, *jax.tree.leaves(w), group_sizes))
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def weights(dy, x, group_sizes, *, interpret=False):
     """dw[e] = dy_e^T x_e: dy [T, N], x [T, K] -> float32 [E, N, K]; 0 for one without rows."""
     experts, shape = group_sizes.shape[0], (dy.shape[1], x.shape[1])

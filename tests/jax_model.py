@@ -13,17 +13,17 @@ from v4jax.config import CompressRates, ModelConfig, RopeScaling
 from v4jax.interop import load_state_dict, state_dict
 from v4jax.model import Transformer, abstract_model
 
+# Compiling is nearly all that a test of a small model costs. These take a half to a quarter of
+# the time and make slower code. JAX before 0.11 generates the code of fused loops by a way that is
+# slower still, unless told not to.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0} | (
+    {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+)
+
 
 def quick_jit(function, **options):
-    """jax.jit that compiles in a half to a quarter of the time, and runs slower code.
-
-    Compiling is nearly all that a test of a small model costs. JAX before 0.11 generates the code
-    of fused loops by a way that is slower still, unless told not to.
-    """
-    flags = {"xla_backend_optimization_level": 0}
-    if jax.__version_info__ < (0, 11):
-        flags["xla_cpu_use_fusion_emitters"] = False
-    return jax.jit(function, compiler_options=flags, **options)
+    """jax.jit that compiles by QUICK_COMPILE."""
+    return jax.jit(function, compiler_options=QUICK_COMPILE, **options)
 
 
 def model_config(cfg: SimpleNamespace, **changes) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -164,6 +165,38 @@ def test_processes_take_contiguous_slices_of_one_global_batch(count):
         assert all(part.tokens.shape == (8 // count, 7) for part in parts)
         joined = Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
         assert_batches_equal(joined, whole(step))
+
+
+def test_the_cache_of_ids_is_used_and_keyed_by_texts_and_tokenizer(tmp_path, tokenizer):
+    plain = Dataset.build(DOCUMENTS, tokenizer)
+    for _ in range(2):
+        kept = Dataset.build(DOCUMENTS, tokenizer, tmp_path)
+        assert kept.hash == plain.hash
+        for a, b in zip(kept.documents, plain.documents, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+    assert len(list(tmp_path.iterdir())) == 1
+    with mock.patch.object(Tokenizer, "encode_batch", side_effect=AssertionError):
+        Dataset.build(DOCUMENTS, tokenizer, tmp_path)
+        renamed = tuple((f"other {name}", text) for name, text in DOCUMENTS)
+        assert Dataset.build(renamed, tokenizer, tmp_path).names[0].startswith("other")
+    larger = get_tokenizer("bpe", CORPUS, 280)
+    for documents, other in ((DOCUMENTS[1:], tokenizer), (DOCUMENTS, larger)):
+        assert (
+            Dataset.build(documents, other, tmp_path).hash == Dataset.build(documents, other).hash
+        )
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_damaged_cache_of_ids_is_made_again(tmp_path, tokenizer):
+    plain = Dataset.build(DOCUMENTS, tokenizer, tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for damaged in (whole[:-4], whole[:70] + b"\x07" + whole[71:], b""):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="is damaged; making it again"):
+            assert Dataset.build(DOCUMENTS, tokenizer, tmp_path).hash == plain.hash
+        assert path.read_bytes() == whole
 
 
 def test_the_data_hash_sees_what_batches_depend_on():

@@ -248,7 +248,7 @@ def test_a_damaged_cache_file_is_trained_again_with_a_warning(tmp_path, bpe):
         damaged.append(bytes(flipped))
     for content in damaged:
         path.write_bytes(content)
-        with pytest.warns(UserWarning, match="cache file .* is damaged; training again"):
+        with pytest.warns(UserWarning, match="cache file .* is damaged; making it again"):
             tokenizer = get_tokenizer(None, CORPUS, 300, tmp_path)
         np.testing.assert_array_equal(tokenizer.encode(LINES), bpe.encode(LINES))
         assert path.read_bytes() == whole

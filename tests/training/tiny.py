@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from tests.jax_model import quick_jit
+from tests.jax_model import QUICK_COMPILE, quick_jit
 from v4jax.analysis.evaluation import Evaluator
 from v4jax.config import CSA, CompressRates, ModelConfig
 from v4jax.training.corpus import Corpus, split
@@ -88,7 +88,7 @@ class QuickTrainer(Trainer):
         self._new = quick_jit(self._initial_state)
 
     def _step(self, quantization):
-        return quick_jit(super()._step(quantization), donate_argnums=0)
+        return self._lowered(quantization).compile(QUICK_COMPILE)
 
 
 class QuickEvaluator(Evaluator):

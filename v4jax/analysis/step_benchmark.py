@@ -93,8 +93,8 @@ def parts(peaks: roofline.Peaks, rounds: int) -> dict[str, Any]:
     backward), so attention's own products are not in them.
     """
     trainer = step_cases.trainer(step_cases.PLAIN)
-    program = step_cases.compiled_step(trainer)
-    run = step_cases.stepper(trainer, program)
+    program: Any = trainer.step(trainer.config.quantization)
+    run = step_cases.stepper(trainer)
     seconds = timing.alternate({"plain": run}, rounds)["plain"].spread().median
     found = step_parts.parts(program, run)
     active = parameter_counts(step_cases.CONFIG)["active without the embedding table"]

@@ -92,12 +92,9 @@ def trainer(option: Option, batch: int = BATCH, length: int = LENGTH) -> Trainer
     return Trainer(config, lambda step: found, np.ones(vocabulary), no_tokenizer)
 
 
-def stepper(trainer: Trainer, update: Callable | None = None) -> Callable[[], jax.Array]:
-    """A function without arguments that makes the next update, as a run does: -> its loss.
-
-    update: the step's program, if it is compiled already.
-    """
-    update = update or trainer.step(trainer.config.quantization)
+def stepper(trainer: Trainer) -> Callable[[], jax.Array]:
+    """A function without arguments that makes the next update, as a run does: -> its loss."""
+    update = trainer.step(trainer.config.quantization)
     state, step = trainer.initial_state(), 0
 
     def run() -> jax.Array:
@@ -107,12 +104,6 @@ def stepper(trainer: Trainer, update: Callable | None = None) -> Callable[[], ja
         return metrics["loss"]
 
     return run
-
-
-def compiled_step(trainer: Trainer):
-    """The step's program, for its text and its memory."""
-    update = trainer.step(trainer.config.quantization)
-    return update.lower(trainer.abstract_state(), *trainer.batches(0)).compile()
 
 
 def gradient(length: int, tokens: int):

@@ -12,7 +12,8 @@ Form, for speed (`sinkhorn`'s docstring and three facts): the M streams are a tu
 arrays, because slicing one [B, T, M*D] array turns into pads and adds in the backward pass; all
 coefficients keep tokens on the minor axes, [M, B, T], because XLA's CPU code is several times
 slower on minor axes of 4; and the backward passes are written by hand, because XLA would compute
-each of the sums over D from the cotangents' whole history.
+each of the sums over D from the cotangents' whole history. Both passes are jitted here, so that a
+model of many layers traces them once.
 """
 
 import dataclasses
@@ -68,11 +69,13 @@ def _sinkhorn_history(k, iterations: int, eps: float):
     return row, column, history
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _sinkhorn_forward(k, iterations, eps):
     row, column, history = _sinkhorn_history(k, iterations, eps)
     return _scale(k, row, column), (k, row, column, history)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _sinkhorn_backward(iterations, eps, residuals, g):
     k, row, column, history = residuals
     g_k = g * row[:, None] * column[None, :]
@@ -158,6 +161,7 @@ def read(streams: Streams, fn, base, scale, constants: Constants):
     return _read_forward(streams, fn, base, scale, constants)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(4,))
 def _read_forward(streams, fn, base, scale, constants):
     z, squares = _projection(streams, fn)
     maps = functools.partial(_maps, width=fn.shape[1], c=constants)
@@ -165,6 +169,7 @@ def _read_forward(streams, fn, base, scale, constants):
     return (_collapse(streams, a), post, comb), (streams, fn, a, vjp)
 
 
+@functools.partial(jax.jit, static_argnums=(0,))
 def _read_backward(constants, residuals, g):
     streams, fn, a, vjp = residuals
     # Barriers: what several sums below read is computed once, not anew in each.
@@ -207,6 +212,7 @@ class HyperConnection(nnx.Module):
 
 
 @jax.custom_vjp
+@jax.jit
 def mix(streams: Streams, y: jax.Array, post: jax.Array, comb: jax.Array) -> Streams:
     """X_k <- post_k y + sum_j comb_jk X_j in float32: y [B, T, D], post [M, B, T].
 
@@ -222,6 +228,7 @@ def mix(streams: Streams, y: jax.Array, post: jax.Array, comb: jax.Array) -> Str
     return jax.lax.optimization_barrier(tuple(x.astype(y.dtype) for x in mixed))
 
 
+@jax.jit
 def _mix_backward(residuals, g):
     streams, y, post, comb = residuals
     g = jax.lax.optimization_barrier(g)

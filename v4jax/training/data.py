@@ -16,12 +16,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from v4jax.training.cache import cached
 from v4jax.training.corpus import Document, name_fraction
 from v4jax.training.tokenizer import Tokenizer
 
@@ -59,11 +62,24 @@ class Dataset:
     vocab_size: int
 
     @classmethod
-    def build(cls, documents: Sequence[Document], tokenizer: Tokenizer) -> Dataset:
-        """Tokenizes (name, text) documents, on all cores."""
+    def build(
+        cls,
+        documents: Sequence[Document],
+        tokenizer: Tokenizer,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Dataset:
+        """Tokenizes (name, text) documents, on all cores; keeps the ids in `cache_dir` if given."""
+        texts = [text for _, text in documents]
+        if cache_dir is None:
+            ids = tokenizer.encode_batch(texts)
+        else:
+            key = hashlib.sha256(tokenizer.hash.encode())
+            for text in texts:
+                key.update(hashlib.sha256(text.encode()).digest())
+            path = pathlib.Path(cache_dir) / f"tokens-{key.hexdigest()[:32]}"
+            ids = _from_bytes(cached(path, lambda: _to_bytes(tokenizer.encode_batch(texts))))
         names = tuple(name for name, _ in documents)
-        ids = tuple(tokenizer.encode_batch([text for _, text in documents]))
-        return cls(names, ids, tokenizer.bos_id, tokenizer.vocab_size)
+        return cls(names, tuple(ids), tokenizer.bos_id, tokenizer.vocab_size)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -117,6 +133,19 @@ class Dataset:
         rows = _Rows(self.stream(seed), sequence_length, self.bos_id)
         share = batch_size // process_count
         return Batches(rows, batch_size, seed, process_index * share, share)
+
+
+def _to_bytes(documents: Sequence[np.ndarray]) -> bytes:
+    """Their number, their lengths and their ids, as little-endian int64 and int32."""
+    lengths = np.array([len(documents), *map(len, documents)], "<i8")
+    return b"".join(array.tobytes() for array in (lengths, *(d.astype("<i4") for d in documents)))
+
+
+def _from_bytes(content: bytes) -> list[np.ndarray]:
+    count = int(np.frombuffer(content, "<i8", 1)[0])
+    lengths = np.frombuffer(content, "<i8", count, offset=8)
+    ids = np.frombuffer(content, "<i4", offset=8 * (1 + count)).astype(np.int32)
+    return np.split(ids, np.cumsum(lengths)[:-1])
 
 
 def _order(names: Sequence[str], salt: str) -> list[int]:

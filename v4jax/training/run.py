@@ -9,6 +9,7 @@ The same command on the same folder goes on from the newest whole checkpoint, bi
 may branch off another: it then starts from that run's checkpoint, optimizer and data position.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -122,6 +123,7 @@ class Trainer:
 
     config: the configuration of the runs, but for quantization and parent. batches: the training
     batches. token_counts: [V], for the hash layers. tokenizer: saved with each run.
+    step(quantization): the compiled training step of `make_train_step`.
     """
 
     def __init__(
@@ -172,14 +174,20 @@ class Trainer:
         """Shapes and dtypes of the state."""
         return jax.eval_shape(self._initial_state)
 
-    def _step(self, quantization: Quantization):
-        return make_train_step(
+    def _lowered(self, quantization: Quantization) -> jax.stages.Lowered:
+        step = make_train_step(
             self.program,
             self.optimizer,
             self.config.schedule,
             self.config.objective,
             quantization,
         )
+        shape = (self.config.batch_size, self.config.sequence_length + 1)
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32)  # tokens and segment_ids alike
+        return step.lower(self.abstract_state(), rows, rows)
+
+    def _step(self, quantization: Quantization) -> jax.stages.Compiled:
+        return self._lowered(quantization).compile()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +230,10 @@ def train(
     checkpointer = Checkpointer(
         folder / "checkpoints", max_to_keep=pace.max_to_keep, keep=pace.keep
     )
-    with checkpointer:
+    done = stop in checkpointer.steps()
+    with checkpointer, concurrent.futures.ThreadPoolExecutor(1, "compile") as aside:
+        # The step compiles while the state is made or read.
+        compiling = None if done else aside.submit(trainer.step, quantization)
         state, first = _state_to_go_on_from(trainer, checkpointer, config, branch)
         if first > stop:
             raise ValueError(f"{folder} is at step {first} already, past step {stop}")
@@ -230,7 +241,8 @@ def train(
             return state
         if quantization.rules:
             print_quantization(quantization, trainer.params)
-        update, start = trainer.step(quantization), branch.step if branch else 0
+        update = compiling.result() if compiling else trainer.step(quantization)
+        start = branch.step if branch else 0
         lossless = lossless_share(quantization, trainer.params)
         tokens = config.batch_size * config.sequence_length
         with (

@@ -9,9 +9,9 @@ text is encoded as ordinary characters. It stands for no bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from v4jax.training.cache import cached, write_whole
 from v4jax.training.corpus import Corpus
 
 BOS = "<|bos|>"
@@ -62,6 +63,12 @@ class Tokenizer:
         self.name = "bytes" if self._is_bytes else f"{kind}-{self.vocab_size}"
         self.exact = True
         self.exact = self._reproduces_probe()
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of the tokenizer and of the library's version: what its ids depend on."""
+        content = f"{tokenizers.__version__} {self._backend.to_str()}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids [n] of a text, without BOS or other special tokens."""
@@ -130,7 +137,7 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` into a folder (made if absent), atomically."""
-        _write(Path(folder) / _FILE, self._backend.to_str())
+        write_whole(Path(folder) / _FILE, self._backend.to_str().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -161,7 +168,7 @@ def get_tokenizer(
     None or "bpe": a byte-level BPE of `vocab_size` entries (256 bytes and BOS among them) trained
     on `corpus_train`; a small corpus may give fewer. It is kept in `cache_dir`, if given, under
     the corpus hash, the size and the version of the tokenizers library; a damaged cache file is
-    retrained with a warning. "bytes": ids are bytes, 256 is BOS. Anything else: the path of a
+    trained again with a warning. "bytes": ids are bytes, 256 is BOS. Anything else: the path of a
     tokenizer.json or of a folder with one. Raises ValueError with one line for anything else.
     """
     if spec == "bytes":
@@ -177,15 +184,8 @@ def get_tokenizer(
     version = tokenizers.__version__
     name = f"bpe-{corpus_train.hash[:16]}-{vocab_size}-tokenizers-{version}.json"
     path = Path(cache_dir) / name
-    if path.is_file():
-        checksum, _, content = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(content).hexdigest().encode() == checksum:
-            return Tokenizer(_parse(content, str(path)))
-        warnings.warn(f"tokenizer: cache file {path} is damaged; training again", stacklevel=2)
-    backend = _train(corpus_train, vocab_size)
-    content = backend.to_str()
-    _write(path, hashlib.sha256(content.encode()).hexdigest() + "\n" + content)
-    return Tokenizer(backend)
+    content = cached(path, lambda: _train(corpus_train, vocab_size).to_str().encode())
+    return Tokenizer(_parse(content, str(path)))
 
 
 def _train(corpus: Corpus, vocab_size: int) -> tokenizers.Tokenizer:
@@ -249,14 +249,3 @@ def _parse(content: bytes, where: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"tokenizer: {where} is not a valid tokenizer.json: {error}") from error
-
-
-def _write(path: Path, content: str) -> None:
-    """Writes a file whole or not at all: a reader or a kill never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

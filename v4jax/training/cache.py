@@ -1,0 +1,38 @@
+"""Files that only save time: what they hold can be made again, and is when they are damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cached(path: str | os.PathLike[str], make: Callable[[], bytes]) -> bytes:
+    """The bytes that `path` keeps, or `make()`, which it then keeps.
+
+    The file is the sha256 (hex) of the bytes, a line end, the bytes; one that disagrees with
+    itself is made again, with a warning. It is written whole or not at all: a reader or a kill
+    never meets half of it.
+    """
+    path = Path(path)
+    if path.is_file():
+        checksum, _, content = path.read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() == checksum:
+            return content
+        warnings.warn(f"cache file {path} is damaged; making it again", stacklevel=2)
+    content = make()
+    write_whole(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    return content
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file, and its folder, so that a kill at any instant leaves all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
