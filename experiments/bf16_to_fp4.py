@@ -32,7 +32,7 @@ SEEDS = integer("seeds", 1, "[run] Repeat with so many seeds, from --seed on: me
 FROM = string("from_checkpoint", None, "[run] <run folder>[@step]: branch off it, no pre-training.")
 SAVE_EVERY = integer("save_every", 100, "[run] Steps between checkpoints.", 1)
 LOG_EVERY = integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
-EVAL_WINDOWS = integer("eval_windows", 2048, "[run] At most so many held-out windows.", 1)
+EVAL_WINDOWS = integer("eval_windows", 1024, "[run] At most so many held-out windows.", 1)
 
 DATA = string(
     "data", None, "[data] Text, JSONL or Parquet, file or folder. Default: your Python's."
@@ -51,7 +51,7 @@ DTYPE = flags.DEFINE_enum(
     "bfloat16. The report says which it was.",
 )
 
-STEPS = integer("steps", 800, "[training] Updates in all.", 2)
+STEPS = integer("steps", 640, "[training] Updates in all.", 2)
 QAT_START = number("qat_start", 0.7, "[fp4] The switch: fraction of the steps, or a step.", 0)
 DECAY_START = number("decay_start", 0.7, "[training] Cosine decay: fraction, or a step.", 0)
 FINAL_FRACTION = number(
