@@ -32,7 +32,7 @@ SEEDS = integer("seeds", 1, "[run] Repeat with so many seeds, from --seed on: me
 FROM = string("from_checkpoint", None, "[run] <run folder>[@step]: branch off it, no pre-training.")
 SAVE_EVERY = integer("save_every", 100, "[run] Steps between checkpoints.", 1)
 LOG_EVERY = integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
-EVAL_WINDOWS = integer("eval_windows", 1024, "[run] At most so many held-out windows.", 1)
+EVAL_WINDOWS = integer("eval_windows", 2048, "[run] At most so many held-out windows.", 1)
 
 DATA = string(
     "data", None, "[data] Text, JSONL or Parquet, file or folder. Default: your Python's."
