@@ -55,7 +55,7 @@ def main():
         lengths = (64, 256) if QUICK.value else step.LENGTHS
         report["lengths"] = step.lengths(max(2, rounds // 4), lengths)
     if "start" in ONLY.value and not QUICK.value:
-        report["start"] = step.start(pathlib.Path("launch.py").resolve())
+        report["start"] = step.start(pathlib.Path(__file__).parents[1] / "launch.py")
     report["what"]["load_after"] = timing.load()
     page = step.page(report)
     print(page, flush=True)

@@ -56,6 +56,11 @@ def platform() -> str:
     return _TARGET.get() or jax.default_backend()
 
 
+def tpu_has_fp8() -> bool:
+    """Whether this is a TPU whose matrix unit takes FP8: from the seventh generation on."""
+    return jax.default_backend() == "tpu" and "7" in jax.devices()[0].device_kind
+
+
 @contextlib.contextmanager
 def compiling_for(target: str) -> Iterator[None]:
     """Choices inside are made for the platform `target`, to compile ahead of time for a device that

@@ -58,6 +58,7 @@ def expert_matmul(
     cannot do this.
     """
     w = pack(w) if isinstance(w, Quantized) else w
+    w = w if isinstance(w, (Packed, Planar)) else jnp.asarray(w)
     _check(x, w, group_sizes, master)
     name = choose("expert_matmul", implementation, _candidates(x, w, group_sizes, interpret))
     if name in ("ragged", "reference"):

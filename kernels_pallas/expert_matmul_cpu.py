@@ -86,8 +86,8 @@ def weights(dy, x, group_sizes, *, interpret=False):
 
         def small_step(i, total):
             row, mine = _small_tile(begin + whole * tile + i * small, ends[e], small, x.shape[0])
-            dy_rows = jnp.where(mine, _rows(dy, row, small), 0)
-            return total + _dot(dy_rows, _rows(x, row, small), 0, 0)
+            dy_rows, x_rows = (jnp.where(mine, _rows(z, row, small), 0) for z in (dy, x))
+            return total + _dot(dy_rows, x_rows, 0, 0)
 
         total = varying_like(jnp.zeros(shape, jnp.float32), *like)
         total = lax.fori_loop(0, whole, step, total)
@@ -109,7 +109,7 @@ def _for_each(group_sizes, expert, out):
 
 def _tiles(total: int, experts: int) -> tuple[int, int]:
     """Rows of a tile and of a small one: no more than x has; small ones about a mean group's."""
-    mean = 1 << (total // experts).bit_length()
+    mean = 1 << (total // max(experts, 1)).bit_length()
     small = min(SMALL, max(8, mean), total)
     return (TILE if total >= TILE else small), small
 
@@ -132,5 +132,8 @@ def _small_tile(first, end, size: int, total: int) -> tuple[Array, Array]:
 
 def _dot(a, b, axis_a: int, axis_b: int):
     return lax.dot_general(
-        a.astype(jnp.float32), b.astype(jnp.float32), (((axis_a,), (axis_b,)), ((), ()))
+        a.astype(jnp.float32),
+        b.astype(jnp.float32),
+        (((axis_a,), (axis_b,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
     )

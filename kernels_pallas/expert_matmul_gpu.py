@@ -228,7 +228,7 @@ def _packed_kernel(
         low = low_columns(i * side)
         (total,) = totals
         for plane, k in zip(planes(i * side, column), (low, low + BLOCK), strict=True):
-            x = _load(x_ref, (), visit.token, k, visit.mine)
+            x = _load(x_ref, (), visit.token, k, visit.mine, every=PAIR)
             total += _product(x, plane, 0, tile, interpret)
         return (total,)
 
@@ -255,14 +255,17 @@ def _packed_kernel(
         _store(out_ref, visit, column, total, tile)
 
 
-def _load(ref, lead, row, column, mine=None):
-    """ref[*lead, row, column] as a matrix; zeros outside the array and where not `mine`."""
+def _load(ref, lead, row, column, mine=None, every=None):
+    """ref[*lead, row, column] as a matrix; zeros outside the array and where not `mine`.
+
+    Rows and columns begin at multiples of their number, or the columns within each `every` of them.
+    """
     mask = None if mine is None else mine[:, None]
-    edges = [(column[None, :], ref.shape[-1])]
+    edges = [(column[None, :], ref.shape[-1], every or column.size)]
     if mine is None:
-        edges.append((row[:, None], ref.shape[-2]))
-    for index, size in edges:
-        if size % index.size:
+        edges.append((row[:, None], ref.shape[-2], row.size))
+    for index, size, step in edges:
+        if size % step:
             mask = index < size if mask is None else mask & (index < size)
     other = None if mask is None else 0
     return plgpu.load(ref.at[(*lead, row[:, None], column[None, :])], mask=mask, other=other)

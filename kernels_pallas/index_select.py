@@ -157,10 +157,14 @@ def _tpu(operands: tuple, top_k: int, spec: Spec, output: Output):
 
     form = "mask" if output == "ascending" else output
     q, k, w, first, end = operands
-    found = index_tpu.select(
-        q, k, w, first, end, top_k,
-        score_dtype=spec.score_dtype, output=form, interpret=spec.interpret,
-    )  # fmt: skip
+
+    def kernel(q, k, **scales):
+        return index_tpu.select(
+            q, k, w, first, end, top_k, **scales,
+            score_dtype=spec.score_dtype, output=form, interpret=spec.interpret,
+        )  # fmt: skip
+
+    found = folded(kernel, q, k, spec) if dispatch.tpu_has_fp8() else kernel(q, k)
     return positions(found, top_k) if output == "ascending" else found
 
 

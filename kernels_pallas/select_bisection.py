@@ -19,6 +19,7 @@ from kernels_pallas.compat import varying_like
 
 ROWS = 32  # of a block, which stays in cache
 LANES = 128  # counters of a row, so that 16 bits are enough for each
+MOST_SORTED = 1 << 16  # the sort by score holds a place in 16 bits
 
 
 def select(scores: Array, top_k: int, output: str):
@@ -49,6 +50,13 @@ def select(scores: Array, top_k: int, output: str):
     if output in ("indices", "ascending") and top_k > k:
         return jnp.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, top_k - k)], constant_values=-1)
     return found
+
+
+def refusal(size: int, top_k: int, output: str) -> str | None:
+    """Why top_k of `size` cannot be selected in this form, or None."""
+    if output == "indices" and min(top_k, size) > MOST_SORTED:
+        return f"output='indices' of top_k={top_k}, allowed: at most {MOST_SORTED}"
+    return None
 
 
 def positions(mask: Array, top_k: int) -> Array:
@@ -116,7 +124,9 @@ def threshold(key: Array, k: int) -> tuple[Array, Array]:
         second = _kth(jnp.where(upper == first, lower, jnp.int16(-0x8000)), rest)
         value = (first.astype(jnp.int32) << 16) + (second.astype(jnp.int32) + 0x8000)
 
-    none = value == lowest(key.dtype)
+    bottom = lowest(key.dtype)
+    none = _count(key > bottom) <= k
+    value = jnp.where(none, bottom, value)
     backwards = size - 1 - jnp.arange(size, dtype=jnp.int32)
     backwards = backwards.astype(jnp.int16 if size <= 0x8000 else jnp.int32)
     backwards = jnp.where((key == value) & ~none, backwards, jnp.asarray(-1, backwards.dtype))
@@ -159,7 +169,7 @@ def _count(mask: Array) -> Array:
 def compact(mask: Array, k: int) -> Array:
     """int32 [R, k]: where mask [R, S] is true, ascending, then -1. At most k are true in a row."""
     size = mask.shape[1]
-    integer = jnp.int16 if size <= 0x8000 else jnp.int32
+    integer = jnp.int16 if size < 0x8000 else jnp.int32  # the count of all is one of its numbers
     mask = mask.T
 
     def rank(before, here):
@@ -199,7 +209,7 @@ def best_first(key: Array, index: Array) -> Array:
 def _order(half: Array) -> Array:
     """Places of int32 [R, k], 16 bits with sign, in descending order, ascending where equal.
 
-    A bitonic sort of integers that hold a place in their lower half; k is at most 2^16.
+    A bitonic sort of integers that hold a place in their lower half; k is at most MOST_SORTED.
     """
     k = half.shape[1]
     size = 2 << ((k - 1) >> 1).bit_length()

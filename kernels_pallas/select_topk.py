@@ -46,7 +46,7 @@ def select_topk(scores, top_k, *, output="indices", implementation=None, interpr
     output: "indices": int32 [..., top_k], best first, -1 where fewer than top_k are above -inf.
     "ascending": the same, the lowest index first. "mask": bool [..., S]. "threshold": (value [...]
     in the scores' dtype, last int32 [...]): selected are the s with score > value, or score ==
-    value and s <= last; (-inf, -1) where fewer than top_k are above -inf.
+    value and s <= last; (-inf, -1) where no more than top_k are above -inf.
     implementation: a name of the module's list; None takes the best for platform and shape.
     interpret: run a Pallas kernel in its interpreter. Raises ValueError, one line, on other input.
     """
@@ -56,16 +56,15 @@ def select_topk(scores, top_k, *, output="indices", implementation=None, interpr
     scores = jax.lax.stop_gradient(scores)
     if scores.size == 0:
         return nothing(scores, top_k, output)
-    first, second = "bisection", "top_k"
+    order = {"bisection": select_bisection.refusal(scores.shape[-1], top_k, output), "top_k": None}
     if favours_top_k(scores.shape[-1], top_k, output):
-        first, second = second, first
+        order = dict(reversed(order.items()))
     name = dispatch.choose(
         "select_topk",
         implementation,
         {
             "gpu": dispatch.needs("gpu", interpret) or gpu_refusal(scores.shape[-1], top_k),
-            first: None,
-            second: None,
+            **order,
             "reference": None,
         },
         f"S {scores.shape[-1]}, top_k {top_k}, {scores.dtype}, {output}",
@@ -89,6 +88,8 @@ def favours_top_k(size: int, top_k: int, output: Output) -> bool:
     It goes over a row once, with a heap of top_k. Counting goes over it 16 or 32 times, in vectors,
     and about as often again to gather what it found.
     """
+    if select_bisection.refusal(size, top_k, output):
+        return True
     listed = output in ("indices", "ascending")
     return top_k * (64 if listed else 256) < size or top_k**2 * (2 if listed else 8) < size
 
@@ -128,7 +129,8 @@ def _ranked(scores, keys, index, top_k: int, output: Output):
             index = ascending(index, size)
         fill = [(0, 0)] * (index.ndim - 1) + [(0, max(0, top_k - size))]
         return jnp.pad(index, fill, constant_values=-1)
-    value = best[..., -1:] if top_k < size else jnp.full_like(best[..., :1], lowest)
+    many = jnp.sum(keys > lowest, axis=-1, keepdims=True) > top_k
+    value = jnp.where(many, best[..., -1:], lowest)
     last = jnp.where(best == value, index, -1).max(axis=-1, keepdims=True)
     last = jnp.where(value > lowest, last, -1)
     if output == "threshold":

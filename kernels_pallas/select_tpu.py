@@ -96,7 +96,7 @@ def _sum_lanes(counts: Array) -> Array:
 
 def threshold(blocks: Blocks, spare, order: Order, top_k: int) -> tuple[Array, Array]:
     """(key, last), int32 [queries, 1]: selected are the keys above `key`, and of those equal to it
-    the entries up to `last`. (lowest, -1) where fewer than top_k count, and for top_k 0: all that
+    the entries up to `last`. (lowest, -1) where no more than top_k count, and for top_k 0: all that
     do. spare: int32 [queries, entries a block], for the search.
     """
     rows = (blocks.shape[1], 1)
@@ -112,7 +112,8 @@ def threshold(blocks: Blocks, spare, order: Order, top_k: int) -> tuple[Array, A
     value = lax.fori_loop(0, order.bits, bit, lowest)
     wanted = top_k - blocks.count(lambda keys: keys > value)
     last = _position(blocks, spare, value, wanted)
-    return value, jnp.where(value > order.lowest, last, -1)
+    many = blocks.count(lambda keys: keys > order.lowest) > top_k
+    return jnp.where(many, value, order.lowest), jnp.where(many, last, -1)
 
 
 def _position(blocks: Blocks, spare, value: Array, wanted: Array) -> Array:

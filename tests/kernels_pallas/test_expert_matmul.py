@@ -323,6 +323,24 @@ def test_bad_input_ends_in_one_line(shapes, implementation, message):
     assert "\n" not in str(error.value) and str(error.value).startswith("expert_matmul: ")
 
 
+def test_nan_of_a_neighbour_stays_out_of_an_experts_gradient():
+    """Tiles hold rows of other experts, and of nobody."""
+    x, w, sizes, dy = arrays([9, 6, 0, 3], 24, 8, "float32")
+    bad = x.at[9:15].set(jnp.nan).at[18:].set(jnp.nan)
+    dw, clean = (run(x, w, sizes, dy, "loop")[2] for x in (bad, x))
+    np.testing.assert_array_equal(dw[jnp.asarray([0, 2, 3])], clean[jnp.asarray([0, 2, 3])])
+    assert np.isnan(dw[1]).any()
+
+
+def test_numpy_weights_and_no_experts():
+    x, sizes = jnp.ones((4, 8)), jnp.asarray([1, 3], jnp.int32)
+    for by in IMPLEMENTATIONS:
+        found = expert_matmul(x, np.ones((2, 3, 8), np.float32), sizes, implementation=by)
+        np.testing.assert_array_equal(found, 8.0)
+    none = expert_matmul(x, jnp.ones((0, 3, 8)), sizes[:0])
+    np.testing.assert_array_equal(none, np.zeros((4, 3)))
+
+
 def test_bad_types_end_in_one_line(fp4):
     x, w, q, sizes, _ = fp4
     cases = [

@@ -112,13 +112,16 @@ ROWS = {
     "equal": lambda rng, n: np.full(n, 0.5),
     "zeros": lambda rng, n: np.where(rng.random(n) < 0.5, 0.0, -0.0),
     "few": lambda rng, n: np.where(np.arange(n) % 9 == 4, 1.0, -np.inf),
+    "eight": lambda rng, n: np.where(np.arange(n) % (n // 8) == 1, rng.random(n), -np.inf),
     "nothing": lambda rng, n: np.full(n, -np.inf),
     "nan": lambda rng, n: np.where(rng.random(n) < 0.3, np.nan, rng.standard_normal(n)),
     "negative nan": lambda rng, n: np.where(rng.random(n) < 0.3, -np.nan, -rng.random(n)),
     "infinite": lambda rng, n: np.where(rng.random(n) < 0.1, np.inf, rng.standard_normal(n)),
     "small": lambda rng, n: rng.standard_normal(n) * 2.0**-120,
     "large": lambda rng, n: rng.standard_normal(n) * 2.0**120,
-    "neighbours": lambda rng, n: (1 + rng.integers(0, n, n) * 2.0**-23) * np.sign(rng.random(n)),
+    "neighbours": lambda rng, n: (
+        (1 + rng.integers(0, n, n) * 2.0**-23) * np.sign(rng.random(n) - 0.5)
+    ),
 }
 
 

@@ -48,7 +48,7 @@ def check(scores, k: int, implementation: str | None):
     exact = rows.astype(np.float64)
     again = (exact > value) | ((exact == value) & (np.arange(size) <= last))
     np.testing.assert_array_equal(again, mask)
-    few = (rows > -INF).sum(axis=1) < k
+    few = (rows > -INF).sum(axis=1) <= k
     assert (value[few] == -INF).all() and (last[few] == -1).all()
 
 
@@ -78,6 +78,7 @@ def kinds(rng, rows: int, size: int) -> dict[str, np.ndarray]:
         "all equal": np.full_like(normal, 0.5),
         "half invisible": np.where(rng.random((rows, size)) < 0.5, normal, -INF),
         "causal": causal.astype(np.float32),
+        "37 visible": np.where(np.arange(size) % 8 == 4, normal, -INF),
         "nothing": np.full_like(normal, -INF),
         "upper halves equal": (1 + rng.integers(0, 100, (rows, size)) * 2.0**-23),
         "zeros of both signs": np.where(rng.random((rows, size)) < 0.5, 0.0, -0.0),
@@ -104,6 +105,21 @@ def test_small_and_full_selections(size, k):
 def test_more_entries_than_16_bits_count():
     scores = jnp.asarray(np.random.default_rng(1).integers(0, 9, (2, 40_000)), jnp.float32)
     check(scores, 20_000, "bisection")
+
+
+def test_as_many_entries_as_16_bits_count():
+    """All of them selected: the largest count of all is one more than the largest place."""
+    for size in (0x7FFF, 0x8000, 0x8001):
+        found = select_topk(jnp.zeros((1, size)), size, implementation="bisection")
+        np.testing.assert_array_equal(found[0], np.arange(size))
+
+
+def test_more_indices_than_the_sort_takes_are_refused_or_sorted_otherwise():
+    scores = jnp.asarray(np.random.default_rng(2).permutation(70_000)[None], jnp.float32)
+    best = np.argsort(-np.asarray(scores), axis=1)[:, :66_000]
+    np.testing.assert_array_equal(select_topk(scores, 66_000), best)
+    with pytest.raises(ValueError, match="'indices' of top_k=66000, allowed: at most 65536"):
+        select_topk(scores, 66_000, implementation="bisection")
 
 
 def test_none_takes_the_faster_one():

@@ -72,6 +72,23 @@ def layer_as_written(streams, fn, base, scale, c: Constants):
     return jnp.einsum("KBT,BTD->KBTD", post, y) + jnp.einsum("JKBT,JBTD->KBTD", comb, stacked)
 
 
+def test_every_product_is_one_of_float32_on_every_platform():
+    """The backward pass too, which is traced outside what surrounds the forward pass."""
+    streams = (jnp.ones((2, 3, 8)),) * 2
+    maps = jnp.ones((8, 16)), jnp.ones(8), jnp.ones(3)
+
+    def total(streams, *maps):
+        with jax.default_matmul_precision("highest"):
+            x, post, comb = read(streams, *maps, Constants(2, 1e-2, 1e-3))
+            return sum(jnp.sum(s) for s in mix(streams, x**2, post, comb))
+
+    text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(streams, *maps))
+    products = text.split("dot_general[")[1:]
+    assert len(products) == 3
+    for product in products:
+        assert product.split("precision=")[1].startswith("(Precision.HIGHEST, Precision.HIGHEST)")
+
+
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_gradient_of_a_layer(m):
     """The hand-written backward passes of `read` and `mix` against autodiff of the equations."""

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shutil
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -139,6 +140,26 @@ def test_the_same_command_again_trains_nothing(first, trainer):
     assert recorded.taken() == []
     assert tiny.same_bits(again.control, first.arms.control)
     assert tiny.same_bits(again.qat, first.arms.qat)
+
+
+def test_steps_are_traced_by_the_caller_and_compiled_once_and_only_for_what_is_left(first):
+    """JAX's contexts, such as a matmul precision, are those of the thread that traces."""
+    trainer, compiled = tiny.trainer(), []
+    trainer._lowered = lambda quantization: threading.current_thread()
+
+    def compile(tracer):
+        compiled.append((tracer, threading.current_thread()))
+        return "compiled"
+
+    trainer._compile = compile
+    train(trainer, first.folder / "pretrain", stop=SWITCH)  # it is there already
+    with pytest.raises(ValueError, match="past step 3"):
+        train(trainer, first.folder / "pretrain", stop=3)
+    assert not compiled
+    trainer.start_compiling(NO_QUANTIZATION)
+    assert trainer.step(NO_QUANTIZATION) == trainer.step(NO_QUANTIZATION) == "compiled"
+    [(tracer, compiler)] = compiled
+    assert tracer is threading.current_thread() is not compiler
 
 
 def test_another_configuration_in_the_same_folder_is_refused(first, trainer):

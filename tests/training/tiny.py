@@ -87,8 +87,8 @@ class QuickTrainer(Trainer):
         super().__init__(*arguments)
         self._new = quick_jit(self._initial_state)
 
-    def _step(self, quantization):
-        return self._lowered(quantization).compile(QUICK_COMPILE)
+    def _compile(self, lowered):
+        return lowered.compile(QUICK_COMPILE)
 
 
 class QuickEvaluator(Evaluator):

@@ -128,7 +128,8 @@ def lengths(rounds: int, of: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
 def start(launch: pathlib.Path) -> dict[str, float]:
     """Seconds from a process's start to the first loss of `nano` on its terminal.
 
-    Twice in an empty folder: without a compilation cache, then with the one that the first left.
+    Twice in an empty folder: without any cache (compiled programs, tokenizer, token ids), then with
+    those that the first left.
     """
     found = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -144,14 +145,15 @@ def _seconds_to_first_loss(launch: pathlib.Path, workdir: str, cache: str) -> fl
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     said = []
     started = time.perf_counter()
-    with subprocess.Popen(command, stdout=nothing, stderr=pipe, text=True, env=environ) as process:
+    options: dict[str, Any] = {"text": True, "env": environ, "cwd": cache}
+    with subprocess.Popen(command, stdout=nothing, stderr=pipe, **options) as process:
         assert process.stderr is not None
         for line in process.stderr:
             said.append(line)
             if re.search(r"\bloss\s+[\d.]", line):
                 process.kill()
                 return time.perf_counter() - started
-    raise RuntimeError("the run ended before its first loss: " + "".join(said[-3:]).strip())
+    raise ChildProcessError("the run ended before its first loss: " + " ".join(said[-1:]).strip())
 
 
 # ---- on paper ----

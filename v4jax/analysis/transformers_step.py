@@ -61,13 +61,13 @@ class Steps:
         self._process = process
 
     def run(self, steps: int) -> tuple[float, float]:
-        """Raises RuntimeError where the process has ended."""
+        """Raises ChildProcessError where the process has ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"transformers' process ended with {self._process.wait()}")
+            raise ChildProcessError(f"transformers' process ended with {self._process.wait()}")
         answer = json.loads(line)
         return answer["wall"], answer["cpu"]
 

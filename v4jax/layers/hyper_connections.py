@@ -178,8 +178,10 @@ def _read_backward(constants, residuals, g):
     g_z, g_squares, g_base, g_scale = vjp((g_a, *g[1:]))
     g_z, g_squares = jax.lax.optimization_barrier((g_z, g_squares))
     flat = jnp.concatenate([s.astype(jnp.float32) for s in streams], axis=-1)
-    g_fn = jnp.einsum("OBT,BTX->OX", g_z, flat)
-    g_flat = jnp.einsum("OBT,OX->BTX", g_z, fn)
+    # The forward's precision does not reach a backward pass written by hand.
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    g_fn = einsum("OBT,BTX->OX", g_z, flat)
+    g_flat = einsum("OBT,OX->BTX", g_z, fn)
     width = g_x.shape[-1]
     g_streams = tuple(
         (

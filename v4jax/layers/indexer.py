@@ -64,9 +64,9 @@ def scores(operands: Operands, ctx: Context) -> jax.Array:
 
 
 def select(operands: Operands, ctx: Context, top_k: int) -> jax.Array:
-    """int32 [B, T, K]: the top_k best visible entries, best first, -1 where fewer are visible.
+    """int32 [B, T, K]: the top_k best visible entries, ascending, then -1 where fewer are visible.
 
-    Lowest index first among equal scores; -0 and +0 are equal. No gradient.
+    The lowest of equal scores are taken; -0 and +0 are equal. No gradient.
     """
     q, k, w, fmt = _rotated(operands, ctx.index_formats)
     return kernels_pallas.index_select(
@@ -78,6 +78,7 @@ def select(operands: Operands, ctx: Context, top_k: int) -> jax.Array:
         ctx.segment_ids,
         qk_format=fmt,
         score_dtype=jnp.bfloat16 if ctx.index_formats.scores == "bf16" else jnp.float32,
+        output="ascending",
     )
 
 

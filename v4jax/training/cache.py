@@ -23,7 +23,10 @@ def cached(path: str | os.PathLike[str], make: Callable[[], bytes]) -> bytes:
             return content
         warnings.warn(f"cache file {path} is damaged; making it again", stacklevel=2)
     content = make()
-    write_whole(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    try:
+        write_whole(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    except OSError as error:  # read-only, or full
+        warnings.warn(f"cache file {path} is not kept: {error}", stacklevel=2)
     return content
 
 

@@ -145,7 +145,7 @@ def _from_bytes(content: bytes) -> list[np.ndarray]:
     count = int(np.frombuffer(content, "<i8", 1)[0])
     lengths = np.frombuffer(content, "<i8", count, offset=8)
     ids = np.frombuffer(content, "<i4", offset=8 * (1 + count)).astype(np.int32)
-    return np.split(ids, np.cumsum(lengths)[:-1])
+    return np.split(ids, np.cumsum(lengths)[:-1]) if count else []
 
 
 def _order(names: Sequence[str], salt: str) -> list[int]:

@@ -125,7 +125,7 @@ def _to_json(row: dict[str, Any]) -> dict[str, Any]:
 class Progress:
     """One line on a phase of training: rewritten in place on a terminal, else now and then a line.
 
-    The rate is that of the last `WINDOW` steps and leaves out the first step, which compiles. Off
+    The rate is that of the last `WINDOW` steps and leaves out the first step, which warms up. Off
     a terminal there is a line after the first step, then one every 5 % or minute, whichever is
     sooner, but none within 5 s of the last. The last step reported always has its line.
 

@@ -123,7 +123,6 @@ class Trainer:
 
     config: the configuration of the runs, but for quantization and parent. batches: the training
     batches. token_counts: [V], for the hash layers. tokenizer: saved with each run.
-    step(quantization): the compiled training step of `make_train_step`.
     """
 
     def __init__(
@@ -145,7 +144,8 @@ class Trainer:
             config.optimizer,
             functools.partial(learning_rate_scale, config.schedule),
         )
-        self.step = functools.cache(self._step)
+        self._aside = concurrent.futures.ThreadPoolExecutor(1, "compile")
+        self._steps: dict[Quantization, concurrent.futures.Future] = {}
 
     def arm_config(self, quantization: Quantization, parent: str, step: int) -> RunConfig:
         """The configuration of an arm that branches off the run with hash `parent` at `step`."""
@@ -186,8 +186,19 @@ class Trainer:
         rows = jax.ShapeDtypeStruct(shape, jnp.int32)  # tokens and segment_ids alike
         return step.lower(self.abstract_state(), rows, rows)
 
-    def _step(self, quantization: Quantization) -> jax.stages.Compiled:
-        return self._lowered(quantization).compile()
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        return lowered.compile()
+
+    def start_compiling(self, quantization: Quantization) -> None:
+        """Traces the step of `step(quantization)` and compiles it in a thread, if not done yet."""
+        if quantization not in self._steps:
+            lowered = self._lowered(quantization)
+            self._steps[quantization] = self._aside.submit(self._compile, lowered)
+
+    def step(self, quantization: Quantization) -> jax.stages.Compiled:
+        """The compiled training step of `make_train_step`."""
+        self.start_compiling(quantization)
+        return self._steps[quantization].result()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,10 +241,9 @@ def train(
     checkpointer = Checkpointer(
         folder / "checkpoints", max_to_keep=pace.max_to_keep, keep=pace.keep
     )
-    done = stop in checkpointer.steps()
-    with checkpointer, concurrent.futures.ThreadPoolExecutor(1, "compile") as aside:
-        # The step compiles while the state is made or read.
-        compiling = None if done else aside.submit(trainer.step, quantization)
+    with checkpointer:
+        if max([*checkpointer.steps(), branch.step if branch else 0]) < stop:
+            trainer.start_compiling(quantization)  # while the state is made or read
         state, first = _state_to_go_on_from(trainer, checkpointer, config, branch)
         if first > stop:
             raise ValueError(f"{folder} is at step {first} already, past step {stop}")
@@ -241,8 +251,7 @@ def train(
             return state
         if quantization.rules:
             print_quantization(quantization, trainer.params)
-        update = compiling.result() if compiling else trainer.step(quantization)
-        start = branch.step if branch else 0
+        update, start = trainer.step(quantization), branch.step if branch else 0
         lossless = lossless_share(quantization, trainer.params)
         tokens = config.batch_size * config.sequence_length
         with (

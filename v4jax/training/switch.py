@@ -203,7 +203,7 @@ def alternate_steps(
             states[name], _ = update(states[name], *batch)
             jax.block_until_ready(states[name])
             seconds[name].append(time.perf_counter() - start)
-    bf16, qat = (np.array(seconds[name][1:]) for name in ("bf16", "qat"))  # the first one compiles
+    bf16, qat = (np.array(seconds[name][1:]) for name in ("bf16", "qat"))  # the first warms up
     low, ratio, high = np.percentile(qat / bf16, [25, 50, 75])
     return {
         "bf16": float(np.median(bf16)),
