@@ -85,6 +85,8 @@ def _check(x, w, group_sizes, master) -> None:
             f"expert_matmul: x [T, K], w [E, N, K], group_sizes [E] do not fit: "
             f"{x.shape}, {shape}, {group_sizes.shape}"
         )
+    if not shape[0]:
+        raise ValueError("expert_matmul: w is of no expert, allowed: 1 or more")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"expert_matmul: x is {x.dtype}, allowed: a floating-point type")
     if group_sizes.dtype != jnp.int32:

@@ -109,7 +109,7 @@ def _for_each(group_sizes, expert, out):
 
 def _tiles(total: int, experts: int) -> tuple[int, int]:
     """Rows of a tile and of a small one: no more than x has; small ones about a mean group's."""
-    mean = 1 << (total // max(experts, 1)).bit_length()
+    mean = 1 << (total // experts).bit_length()
     small = min(SMALL, max(8, mean), total)
     return (TILE if total >= TILE else small), small
 

@@ -332,19 +332,18 @@ def test_nan_of_a_neighbour_stays_out_of_an_experts_gradient():
     assert np.isnan(dw[1]).any()
 
 
-def test_numpy_weights_and_no_experts():
+def test_weights_of_numpy():
     x, sizes = jnp.ones((4, 8)), jnp.asarray([1, 3], jnp.int32)
     for by in IMPLEMENTATIONS:
         found = expert_matmul(x, np.ones((2, 3, 8), np.float32), sizes, implementation=by)
         np.testing.assert_array_equal(found, 8.0)
-    none = expert_matmul(x, jnp.ones((0, 3, 8)), sizes[:0])
-    np.testing.assert_array_equal(none, np.zeros((4, 3)))
 
 
 def test_bad_types_end_in_one_line(fp4):
     x, w, q, sizes, _ = fp4
     cases = [
         ("packed weights are nvfp4, allowed: mxfp4", (x, pack(quantize(w, NVFP4)), sizes), {}),
+        ("w is of no expert, allowed: 1 or more", (x, w[:0], sizes[:0]), {}),
         ("group_sizes is float32, allowed: int32", (x, w, sizes.astype(jnp.float32)), {}),
         ("x is int32, allowed: a floating-point type", (x.astype(jnp.int32), w, sizes), {}),
         ("master is for packed weights", (x, w, sizes), {"master": w}),
