@@ -194,6 +194,33 @@ def test_a_saved_step_stays_as_it_is(tmp_path):
         assert bits(checkpointer.restore(small_state()).state) == bits(small_state(1))
 
 
+def test_only_the_main_process_writes_and_all_meet_when_it_has(tmp_path, monkeypatch):
+    met = []
+    monkeypatch.setattr(checkpoint.distributed, "barrier", met.append)
+    for main in (True, False):
+        monkeypatch.setattr(checkpoint.distributed, "is_main", lambda main=main: main)
+        with Checkpointer(tmp_path / str(main)) as checkpointer:
+            assert checkpointer.save(3, small_state(3), {}, wait=True)
+            assert checkpointer.steps() == ([3] if main else [])
+    assert met == ["checkpoint 3"] * 2 and not (tmp_path / "False").exists()
+
+
+def test_all_skip_the_step_that_the_main_process_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.distributed, "from_main", lambda value: True)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert not checkpointer.save(3, small_state(3), {}, wait=True)
+        assert checkpointer.steps() == []
+
+
+def test_after_an_error_a_process_meets_no_other(tmp_path, monkeypatch):
+    met = []
+    monkeypatch.setattr(checkpoint.distributed, "barrier", met.append)
+    with pytest.raises(KeyError), Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, small_state(1), {})
+        raise KeyError("an error of this process alone")
+    assert checkpointer.steps() == [1] and met == []
+
+
 def test_training_goes_on_while_a_save_runs(tmp_path, monkeypatch):
     release, write = threading.Event(), checkpoint.write_atomically
 

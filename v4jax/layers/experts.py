@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from kernels_pallas import expert_matmul
+from v4jax import parallel
 from v4jax.config import ModelConfig
 from v4jax.layers.context import Context
 from v4jax.layers.parameter import Linear, parameter
@@ -27,7 +28,8 @@ class PackedWeight(nnx.Variable):
 class Experts(nnx.Module):
     """The routed experts' weights, and the SwiGLU over tokens sorted by expert.
 
-    The weights are parameters, or after `v4jax.pack_experts` of type PackedWeight.
+    The weights are parameters, or after `v4jax.pack_experts` of type PackedWeight. On a mesh each
+    device sorts its own tokens and has the weights whole: tokens are not exchanged.
     """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
@@ -41,19 +43,26 @@ class Experts(nnx.Module):
         self.limit, self.count = cfg.swiglu_limit, e
 
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        """x [P, D], ids int32 [P, K], weights float32 [P, K] -> float32 [P, D]."""
-        tokens, k = ids.shape
-        flat = ids.reshape(-1)
+        """x [B, T, D], ids int32 [B, T, K], weights float32 [B, T, K] -> float32 [B, T, D]."""
+        matrices = self.gate_up_proj.get_value(), self.down_proj.get_value()
+        return parallel.over_rows(self._visited, matrices, x, ids, weights)
+
+    def _visited(self, matrices, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        """The tokens of a device by all experts, whose matrices are (gate_up, down)."""
+        gate_up_proj, down_proj = matrices
+        shape, k = x.shape, ids.shape[-1]
+        x, weights, flat = x.reshape(-1, shape[-1]), weights.reshape(-1, k), ids.reshape(-1)
+        tokens = x.shape[0]
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # expert-sorted -> (token, k)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(tokens * k, dtype=jnp.int32))
         sizes = jnp.sum(jax.nn.one_hot(flat, self.count, dtype=jnp.int32), axis=0)
         rows = dispatch(x, order, place.reshape(tokens, k))
-        gate_up = expert_matmul(rows, self.gate_up_proj.get_value(), sizes)
+        gate_up = expert_matmul(rows, gate_up_proj, sizes)
         gate, up = jnp.split(gate_up, 2, axis=-1)
         hidden = swiglu(gate, up, self.limit).astype(x.dtype)
-        y = expert_matmul(hidden, self.down_proj.get_value(), sizes)
+        y = expert_matmul(hidden, down_proj, sizes)
         y = collect(y, place.reshape(tokens, k), order)  # [P K D]
-        return jnp.einsum("PKD,PK->PD", y.astype(jnp.float32), weights)
+        return jnp.einsum("PKD,PK->PD", y.astype(jnp.float32), weights).reshape(shape)
 
 
 def swiglu(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
@@ -120,9 +129,5 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
         """x [B, T, D], normed -> [B, T, D] in x's dtype, and the router's aux."""
         ids, weights, aux = self.gate(x, ctx)
-        k = ids.shape[-1]
-        routed = self.experts(
-            x.reshape(-1, x.shape[-1]), ids.reshape(-1, k), weights.reshape(-1, k)
-        )
-        y = routed.reshape(x.shape) + self.shared_experts(x).astype(jnp.float32)
+        y = self.experts(x, ids, weights) + self.shared_experts(x).astype(jnp.float32)
         return y.astype(x.dtype), aux

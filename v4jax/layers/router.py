@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from v4jax import parallel
 from v4jax.config import ModelConfig
 from v4jax.layers.context import Context
 from v4jax.layers.parameter import parameter
@@ -59,7 +60,8 @@ class Router(nnx.Module):
             ids = self.tid2eid[...][ctx.token_ids]
         else:
             biased = jax.lax.stop_gradient(scores) + self.e_score_correction_bias[...]
-            ids = jax.lax.top_k(biased, cfg.num_experts_per_tok)[1]
+            k = cfg.num_experts_per_tok
+            ids = parallel.over_rows(lambda _, x: jax.lax.top_k(x, k)[1], None, biased)
         hot = jax.nn.one_hot(ids, cfg.n_routed_experts, dtype=jnp.float32)  # [B T K E]
         weights = jnp.einsum("BTKE,BTE->BTK", hot, scores)  # a gather whose gradient is no scatter
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)

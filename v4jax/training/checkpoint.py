@@ -17,7 +17,10 @@ computes the checksums and runs Orbax. (Orbax's own asynchronous save keeps the 
 A process killed at any instant leaves whole checkpoints and at most one folder `tmp-<step>`, which
 the next save removes.
 
-Every leaf is written whole by one process: a state sharded over several processes is refused.
+The state may be spread over several processes. All of them call `save` and `wait` at the same
+steps; a leaf at a time is gathered on every device and copied to the host, and the first process
+alone writes, so it needs host memory for the whole state. All read, each the whole checkpoint, so
+another number of processes or devices goes on from it as well.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from v4jax import distributed, parallel
 from v4jax.training import run_config
 from v4jax.training.run_config import canonical, reason, some, write_atomically
 
@@ -82,8 +86,8 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self.close(failed=kind is not None)
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first; a save that still runs is not among them."""
@@ -101,18 +105,24 @@ class Checkpointer:
           state: a tree of JAX arrays (PRNG keys too) and Python ints and floats. The arrays may be
             donated as soon as this returns.
           meta: a JSON object, kept with the state; migrations see `meta["config"]`.
-          wait: whether to return only when the checkpoint is on disk.
+          wait: whether to return only when the checkpoint is on disk, for all processes.
 
         Returns: whether it was saved, rather than there already.
         Raises: SaveError if the previous save failed, or this one and `wait`. ValueError naming
-          the leaf, if one is not an array of this process or weakly typed; if `meta` is not JSON.
+          the leaf, if one is not an array or weakly typed; if `meta` is not JSON.
         """
         self.wait()
-        if step in self.steps() and step not in self._damaged:
+        there = step in self.steps() and step not in self._damaged
+        if distributed.from_main(there):
             return False
         meta = json.loads(canonical(meta))  # a copy: the caller may go on changing its own
-        leaves = {path: _to_host(path, leaf) for path, leaf in _flatten(state)[0].items()}
-        self._running = step, self._thread.submit(self._write, step, leaves, meta)
+        writes, leaves = distributed.is_main(), {}
+        for path, leaf in _flatten(state)[0].items():
+            copied = _to_host(path, leaf)
+            if writes:
+                leaves[path] = copied
+        write = self._write if writes else lambda *_: None
+        self._running = step, self._thread.submit(write, step, leaves, meta)
         if wait:
             self.wait()
         return True
@@ -128,7 +138,7 @@ class Checkpointer:
         self._damaged.clear()
         temporary = self.folder / f"tmp-{step}"
         arrays = ocp.args.PyTreeSave({path: leaf.data for path, leaf in leaves.items()})
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        with _orbax() as orbax:
             orbax.save(temporary / "state", args=arrays)
         files = sorted(path for path in (temporary / "state").rglob("*") if path.is_file())
         for path in files:
@@ -152,9 +162,15 @@ class Checkpointer:
                 shutil.rmtree(self.folder / f"tmp-{old}")
 
     def wait(self) -> None:
-        """Returns when no save runs. Raises SaveError if the last one failed, once."""
+        """Returns when no save runs, in any process. Raises SaveError, once, if the last failed."""
+        step = self._finish()
+        if step is not None:
+            distributed.barrier(f"checkpoint {step}")
+
+    def _finish(self) -> int | None:
+        """Waits for this process's save; its step, None if there was none."""
         if self._running is None:
-            return
+            return None
         (step, future), self._running = self._running, None
         try:
             future.result()
@@ -162,11 +178,13 @@ class Checkpointer:
             raise SaveError(
                 f"checkpoint {step} of {self.folder} was not saved: {reason(error)}"
             ) from error
+        return step
 
-    def close(self) -> None:
-        """Waits, with `wait`'s errors, and ends the thread."""
+    def close(self, failed: bool = False) -> None:
+        """Waits, with `wait`'s errors, and ends the thread. failed: for this process's save alone,
+        as others may not come to where this one is."""
         try:
-            self.wait()
+            self._finish() if failed else self.wait()
         finally:
             self._thread.shutdown()
 
@@ -270,24 +288,32 @@ def _to_host(path: str, leaf: Any) -> _Leaf:
         return _Leaf(*_spec(leaf), np.asarray(leaf))
     if not isinstance(leaf, jax.Array):
         raise ValueError(f"{path} is a {type(leaf).__name__}; allowed: jax arrays, int, float")
-    if not leaf.is_fully_addressable:
-        raise ValueError(f"{path} is sharded over several processes; allowed: over one")
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = np.array(jax.random.key_data(leaf))
+        data = parallel.to_host(jax.random.key_data(leaf))
         return _Leaf(*_spec(leaf), data, str(jax.random.key_impl(leaf)))
     if leaf.weak_type:  # comes back strongly typed, so a resumed run would promote differently
         raise ValueError(f"{path} is weakly typed, made from a Python number; give it a dtype")
-    return _Leaf(*_spec(leaf), np.array(leaf))
+    return _Leaf(*_spec(leaf), parallel.to_host(leaf))
 
 
 def _place(value: Any, abstract: Any) -> Any:
     if type(value) in (int, float):
         return value
-    return jax.device_put(value, getattr(abstract, "sharding", None))
+    return parallel.from_host(value, getattr(abstract, "sharding", None))
 
 
 def _crc32(data: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+
+
+def _orbax() -> ocp.Checkpointer:
+    """Orbax for this process alone: it would wait for others, which do not call it at this time."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 # ---- reading ----
@@ -324,7 +350,7 @@ def _check_files(folder: pathlib.Path, files: dict[str, list[int]]) -> None:
 def _read_leaves(folder: pathlib.Path, leaves: dict[str, dict]) -> dict[str, Any]:
     """Path -> numpy array, key array or Python number; every bit as saved, or an exception."""
     as_numpy = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    with _orbax() as orbax:
         arrays = orbax.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     wrong = [path for path in leaves if _crc32(arrays[path]) != leaves[path]["crc32"]]
     if wrong:

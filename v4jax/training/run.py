@@ -7,9 +7,15 @@
 
 The same command on the same folder goes on from the newest whole checkpoint, bit for bit. A run
 may branch off another: it then starts from that run's checkpoint, optimizer and data position.
+
+A run may be of several devices and of several processes (`v4jax.parallel`, `v4jax.distributed`):
+all of them call the same functions, the first one writes. What the mesh is does not belong to the
+configuration: the numbers differ only as far as the order of float sums goes, so a run may go on
+on another one.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -23,8 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from v4jax import config as model_config
+from v4jax import distributed, parallel
 from v4jax.config import ModelConfig
 from v4jax.model import Transformer
 from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share, resolve, table
@@ -44,6 +52,7 @@ from v4jax.training.run_config import (
 from v4jax.training.schedule import ScheduleConfig, learning_rate_scale
 from v4jax.training.step import Objective, Program, TrainState, make_train_step, split_model
 from v4jax.training.tokenizer import Tokenizer
+from v4jax.training.trackers import open_trackers
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -122,7 +131,11 @@ class Trainer:
     """What the runs of one experiment share: model, optimizer, data and compiled steps.
 
     config: the configuration of the runs, but for quantization and parent. batches: the training
-    batches. token_counts: [V], for the hash layers. tokenizer: saved with each run.
+    batches, of which this process has its share (`parallel.share`). token_counts: [V], for the hash
+    layers. tokenizer: saved with each run. mesh: the devices, None: one. shardings: of the state on
+    the mesh.
+
+    Raises ValueError, one line, where batch or parameters do not divide over the mesh.
     """
 
     def __init__(
@@ -131,9 +144,10 @@ class Trainer:
         batches: Callable[[int], Batch],
         token_counts: np.ndarray,
         tokenizer: Tokenizer,
+        mesh: Mesh | None = None,
     ):
-        self.config, self.batches, self.tokenizer = config, batches, tokenizer
-        self._new = jax.jit(self._initial_state)
+        parallel.check_rows(mesh, config.batch_size)
+        self.config, self.batches, self.tokenizer, self.mesh = config, batches, tokenizer, mesh
         self._counts = token_counts
         model = nnx.eval_shape(self._model)
         self.program = Program.of(model)
@@ -144,6 +158,11 @@ class Trainer:
             config.optimizer,
             functools.partial(learning_rate_scale, config.schedule),
         )
+        self.shardings: TrainState | None = None
+        if mesh is not None:
+            parameters = nnx.state(model, nnx.Param)
+            self.shardings = parallel.spread(self._shapes(), parameters, mesh)
+        self._new = jax.jit(self._initial_state, out_shardings=self.shardings)
         self._aside = concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._steps: dict[Quantization, concurrent.futures.Future] = {}
 
@@ -170,9 +189,22 @@ class Trainer:
         """Step 0, from the config's seed."""
         return self._new()
 
-    def abstract_state(self) -> TrainState:
-        """Shapes and dtypes of the state."""
+    def _shapes(self) -> TrainState:
         return jax.eval_shape(self._initial_state)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and, on a mesh, shardings of the state."""
+        if self.shardings is None:
+            return self._shapes()
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self._shapes(),
+            self.shardings,
+        )
+
+    def batch(self, step: int) -> Batch:
+        """Global batch `step` (>= 0), where the training step wants it."""
+        return parallel.place_rows(self.batches(step), self.mesh)
 
     def _lowered(self, quantization: Quantization) -> jax.stages.Lowered:
         step = make_train_step(
@@ -181,10 +213,13 @@ class Trainer:
             self.config.schedule,
             self.config.objective,
             quantization,
+            self.shardings,
         )
         shape = (self.config.batch_size, self.config.sequence_length + 1)
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32)  # tokens and segment_ids alike
-        return step.lower(self.abstract_state(), rows, rows)
+        over = None if self.mesh is None else parallel.rows_sharding(self.mesh)
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over)  # tokens, segment_ids alike
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return step.lower(self.abstract_state(), rows, rows)
 
     def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         return lowered.compile()
@@ -205,13 +240,15 @@ class Trainer:
 class Pace:
     """How often a run speaks and saves, in steps. Does not change its numbers.
 
-    keep: checkpoints that are never deleted, as later runs branch off them.
+    keep: checkpoints that are never deleted, as later runs branch off them. trackers: beside
+    TensorBoard, see `v4jax.training.trackers`.
     """
 
     log_every: int = 10
     save_every: int = 100
     max_to_keep: int = 2
     keep: tuple[int, ...] = ()
+    trackers: tuple[str, ...] = ()
 
 
 DEFAULT_PACE = Pace()
@@ -229,12 +266,15 @@ def train(
     """Trains the run in `folder` up to `stop` updates and returns its state; resumes what is there.
 
     Raises ValueError, one line, where the folder holds another configuration; FloatingPointError
-    where the loss is no longer finite.
+    where the loss is no longer finite; `distributed.Preempted`, with everything saved, after a
+    SIGTERM. Several processes train together, on a folder that all of them see.
     """
     config = dataclasses.replace(trainer.config, quantization=quantization)
     if branch is not None:
         config = trainer.arm_config(quantization, read_run_config(branch.folder).hash, branch.step)
-    if not check_config(folder, config.to_dict()):
+    known = check_config(folder, config.to_dict())
+    distributed.barrier("configuration read")
+    if not known and distributed.is_main():
         trainer.tokenizer.save(folder)
         write_source(folder)
         write_config(folder, config.to_dict())
@@ -249,32 +289,42 @@ def train(
             raise ValueError(f"{folder} is at step {first} already, past step {stop}")
         if first == stop:
             return state
-        if quantization.rules:
+        if quantization.rules and distributed.is_main():
             print_quantization(quantization, trainer.params)
         update, start = trainer.step(quantization), branch.step if branch else 0
         lossless = lossless_share(quantization, trainer.params)
         tokens = config.batch_size * config.sequence_length
+        speaks, silence = distributed.is_main(), contextlib.nullcontext()
+        trackers = open_trackers(pace.trackers, folder, config.to_dict()) if speaks else ()
         with (
-            MetricsWriter(folder, first) as writer,
-            Progress(folder.name, stop, tokens) as progress,
+            MetricsWriter(folder, first, trackers) if speaks else silence as writer,
+            Progress(folder.name, stop, tokens) if speaks else silence as progress,
         ):
             since, logged = time.perf_counter(), first
             for step in range(first + 1, stop + 1):
-                state, metrics = update(state, *trainer.batches(step - 1))
-                progress.update(step, metrics["loss"])
+                state, metrics = update(state, *trainer.batch(step - 1))
+                if progress:
+                    progress.update(step, metrics["loss"])
+                preempted = distributed.preempted()
+                ends = preempted or step == stop
                 logs = step % pace.log_every == 0 or step in (start + 1, stop)
-                saves = step % pace.save_every == 0 or step == stop or step in pace.keep
+                saves = step % pace.save_every == 0 or ends or step in pace.keep
                 if logs or saves:
                     require_finite(metrics, f"{folder.name}, step {step}")
                 if logs:
                     seconds = (time.perf_counter() - since) / (step - logged)
                     if lossless is not None:
                         metrics["fp8_lossless_share"] = lossless(state.params)
-                    writer.write(step, metrics | {"seconds_per_step": seconds})
+                    if writer:
+                        writer.write(step, metrics | {"seconds_per_step": seconds})
                     since, logged = time.perf_counter(), step
                 if saves:
                     meta = {"config": config.to_dict()}
-                    checkpointer.save(step, state, meta, wait=step == stop)
+                    checkpointer.save(step, state, meta, wait=ends)
+                if preempted:
+                    raise distributed.Preempted(
+                        f"{folder}: SIGTERM, saved at step {step}; the same command goes on"
+                    )
     return state
 
 
@@ -302,6 +352,8 @@ def _state_to_go_on_from(
     if restored is None and branch is not None:
         with Checkpointer(branch.folder / "checkpoints") as parent:
             restored = parent.restore(trainer.abstract_state(), branch.step)
+    step = 0 if restored is None else restored.step
+    distributed.agree(step, f"{checkpointer.folder}: the newest step")
     if restored is None:
         return trainer.initial_state(), 0
     return restored.state, restored.step

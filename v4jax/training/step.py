@@ -142,11 +142,13 @@ def make_train_step(
     schedule: ScheduleConfig,
     objective: Objective,
     quantization: Quantization = NO_QUANTIZATION,
+    shardings: TrainState | None = None,
 ):
     """(TrainState, tokens, segment_ids int32 [B, T+1]) -> (TrainState, metrics of scalars).
 
     The state is donated. metrics: the four losses, `grad_norm`, `lr_scale`, `load_max` (largest
-    load of an expert over the mean, over layers).
+    load of an expert over the mean, over layers). shardings: of the state on a mesh, which it
+    keeps; to be traced within `jax.set_mesh`.
     """
 
     def total(params, variables, tokens, segment_ids, now: Phase, resolved):
@@ -168,6 +170,8 @@ def make_train_step(
         grads, (metrics, aux) = jax.grad(total, has_aux=True)(
             rounded, state.variables, tokens, segment_ids, now, resolved
         )
+        if shardings is not None:  # each device sums up its part alone
+            grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         variables = moved_biases(state.variables, aux, program.config, objective.bias_speed)
@@ -179,4 +183,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, variables, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    # The step's count is replicated, and so are metrics.
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))

@@ -1,0 +1,36 @@
+"""One process of a run that test_processes.py starts, ends and kills.
+
+    python -m tests.training.process_worker FOLDER STOP [SECONDS between steps]
+
+Who is who comes from the environment. Says on stdout where it is, and its losses at the end.
+"""
+
+import pathlib
+import sys
+import time
+
+from tests.training import meshed
+from v4jax import distributed, parallel
+from v4jax.training.run import Pace, train
+
+PACE = Pace(log_every=1, save_every=4)
+
+
+def main(folder: pathlib.Path, stop: int, pause: float = 0.0) -> None:
+    distributed.start()
+    trainer = meshed.trainer(parallel.make_mesh(None))
+    batches = trainer.batches
+
+    def spoken_batches(step):
+        time.sleep(pause)
+        print("step", step + 1, flush=True)
+        return batches(step)
+
+    trainer.batches = spoken_batches
+    train(trainer, folder, stop=stop, pace=PACE)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    with distributed.errors_end_at_once():
+        main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), *map(float, sys.argv[3:]))
