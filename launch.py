@@ -1,8 +1,27 @@
-"""Starts an experiment: python launch.py --experiment=NAME [the experiment's own flags]
+"""Starts experiments: one, a sweep of them, or a look at a sweep.
 
-NAME is a file of experiments/ without its .py, or any path that ends in .py. Every other flag is
-the experiment's and goes to it unchanged, --workdir too; `--experiment=NAME --help` lists them. The
-experiment replaces this process, so its exit code is the launcher's and signals reach it.
+    python launch.py --experiment=NAME [the experiment's own flags]             one run
+    python launch.py --experiment=NAME --workdir=DIR --sweep SPEC [options] [flags]      a sweep
+    python launch.py status DIR [--watch] [--json]        what every run of a sweep does now
+    python launch.py report DIR [--metric=NAME] [--highest]      its numbers, as one HTML page
+
+NAME is a file of experiments/ without its .py, or any path that ends in .py. One run: every other
+flag is the experiment's and goes to it unchanged, --workdir too; `--experiment=NAME --help` lists
+them. The experiment replaces this process, so its exit code is the launcher's and signals reach it.
+
+A sweep runs once for each combination of its --sweep SPECs, in DIR/<the flags that differ>/:
+
+    --sweep "learning_rate=1e-3,3e-4" --sweep "seed=0:3"      a grid of 6
+    --sweep "steps=100,200 warmup=0.1,0.2"                    pairs
+    --sweep "learning_rate=loguniform(1e-4,1e-2)" --draws=8   uniform, intuniform, choice too
+    --sweep "pairs()"                                         the experiment file's own function
+
+    --parallel=N        so many runs at a time (1)     --retries=N    of a failed run (2)
+    --executor=NAME     where runs live (local)        --dry_run      only print the plan
+    --draws=N, --sweep_seed=N     of random draws      --max_runs=N   only the first N of the plan
+
+and the executor's own options; `--sweep x --executor=NAME --help` lists those. Flags are checked
+before anything starts. The same command goes on where it was stopped, and another adds its runs.
 
 `python -m experiments.NAME` works too, but some settings must stand in the environment before a
 process starts: on a CPU, huge pages make a training step faster.
@@ -11,91 +30,173 @@ process starts: on a CPU, huge pages make a training step faster.
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
+import dataclasses
+import importlib
 import os
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parent
+from v4jax.launching import experiments
+
+EXECUTORS = {
+    "in_process": "v4jax.launching.in_process:InProcess",
+    "local": "v4jax.launching.local:Local",
+    "slurm": "v4jax.launching.slurm:Slurm",
+    "k8s": "v4jax.launching.kubernetes:Kubernetes",
+    "tpu": "v4jax.launching.tpu:Tpu",
+}
+HELP = {"--help", "-help", "-h"}
 
 
-def available() -> dict[str, str]:
-    """Experiment names, each with the first line of its docstring (read, not imported)."""
-    found = {}
-    for path in sorted((ROOT / "experiments").glob("[!_]*.py")):
-        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        found[path.stem] = docstring.partition("\n")[0]
-    return found
+class Parser(argparse.ArgumentParser):
+    """Its errors are a ValueError, one line."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.removeprefix("argument "))
 
 
-def command(experiment: str, arguments: list[str]) -> list[str]:
-    """The command line that runs `experiment` with `arguments`, for use with `environment`.
+def start_sweep(argv: list[str]) -> int:
+    """Plans the sweep, checks it, and runs it or, with --dry_run, prints it."""
+    parser = Parser()
+    parser.add_argument("--experiment")
+    parser.add_argument("--workdir")
+    parser.add_argument("--sweep", action="append")
+    parser.add_argument("--executor", default="local")
+    parser.add_argument("--dry_run", action="store_true")
+    numbers = {"parallel": 1, "retries": 2, "draws": 1, "sweep_seed": 0, "max_runs": None}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    executor = find_executor(parser.parse_known_args(argv)[0].executor)
+    for name in executor.RESOURCES:
+        parser.add_argument(f"--{name}", dest=f"resource {name}")
+    own, arguments = parser.parse_known_args(argv)
+    if HELP & set(arguments):
+        lines = [f"  --{name:14} {text}" for name, text in executor.RESOURCES.items()]
+        print("\n".join([__doc__ or "", f"Options of --executor={own.executor}:", *lines]))
+        return 0
+    if own.workdir is None:
+        raise ValueError("--workdir=DIR is missing; a sweep keeps its runs there")
+    for name, least in {"parallel": 1, "retries": 0, "draws": 1, "max_runs": 1}.items():
+        if (value := getattr(own, name)) is not None and value < least:
+            raise ValueError(f"--{name}={value}: allowed: {least} or more")
+    given = {name: getattr(own, f"resource {name}") for name in executor.RESOURCES}
+    resources = {name: value for name, value in given.items() if value is not None}
 
-    Raises:
-      ValueError: there is no such experiment; the message names the nearest one.
+    options = ["executor", *numbers, "dry_run", *executor.RESOURCES]
+    plan, columns = make_sweep(own, arguments, options, list(resources))
+    runner = executor(resources, slots=own.parallel)
+    if own.dry_run:
+        from v4jax.launching.plan import table
+
+        print(table(plan, columns))
+    if own.dry_run or not hasattr(runner, "start"):  # one that only prints
+        if hasattr(runner, "preview"):
+            print(runner.preview(plan, own.retries), end="")
+        return 0
+    if own.executor == "slurm":  # jobs run by themselves: nothing is left to do here
+        from v4jax.launching.slurm import submit_plan
+
+        print(submit_plan(plan.write(), runner, own.retries))
+        return 0
+    from v4jax.launching.runner import run_plan
+
+    return run_plan(plan.write(), runner, parallel=own.parallel, retries=own.retries)
+
+
+def make_sweep(own, arguments: list[str], options: list[str], taken: list[str]) -> tuple[Any, Any]:
+    """The plan, its flags checked against the experiment's, and the columns of --dry_run.
+
+    options: what the launcher takes itself; taken: those of the executor's that were given.
     """
-    if experiment.endswith(".py"):
-        if not Path(experiment).is_file():
-            raise ValueError(f"--experiment={experiment}: there is no such file")
-        return [sys.executable, experiment, *arguments]
-    names = list(available())
-    if experiment not in names:
-        near = difflib.get_close_matches(experiment, names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
-        raise ValueError(f"--experiment={experiment}: no such file in experiments/; {hint}")
-    # -P: a folder of that name where the user happens to stand is not ours.
-    return [sys.executable, "-P", "-m", f"experiments.{experiment}", *arguments]
+    from v4jax.launching import sweep
+    from v4jax.launching.plan import make_plan
+
+    experiment = experiments.located(own.experiment)
+    functions = {}
+    if names := sweep.functions_of(own.sweep):
+        functions = experiments.describe(experiment, experiments.Question(names)).functions
+    settings = sweep.expand(own.sweep, own.draws, own.sweep_seed, functions)[: own.max_runs]
+    plan = make_plan(experiment, own.workdir, settings, arguments)
+    question = experiments.Question(
+        swept=list(plan.axes),
+        fixed=arguments,
+        runs=[[*run.arguments, f"--workdir={run.folder}"] for run in plan.runs],
+        columns=own.dry_run,
+        others=options,
+        taken=taken,
+    )
+    answer = experiments.describe(experiment, question)
+    plan = dataclasses.replace(plan, fixed=answer.fixed, after_switch=answer.after_switch)
+    return plan.settled(), answer.columns
 
 
-def huge_pages(environ: Mapping[str, str]) -> dict[str, str]:
-    """The setting that gives a CPU run huge pages; empty where it is not wanted or not known.
-
-    XLA's CPU client maps and returns the memory of its temporaries at every step, and with pages of
-    4 KiB much of the step goes into faults. glibc reads the variable only as a process starts.
-    """
-    if "GLIBC_TUNABLES" in environ:  # the user's own stands
-        return {}
-    devices = ("nvidiactl", "kfd", "accel0", "vfio/0")  # NVIDIA, AMD, TPU
-    platform = "accelerator" if any(Path("/dev", name).exists() for name in devices) else "cpu"
-    if (environ.get("JAX_PLATFORMS") or platform) != "cpu":
-        return {}
-    try:
-        library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()  # "glibc 2.36"
-        known = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
-    except (AttributeError, OSError, ValueError):  # another system, another C library
-        return {}
-    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if known else {}
+def find_executor(name: str) -> Any:
+    """The executor's class, imported only now."""
+    if name not in EXECUTORS:
+        raise ValueError(f"--executor={name}: allowed: {', '.join(EXECUTORS)}")
+    module, _, attribute = EXECUTORS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` with this folder importable and what a run should start with, which it says."""
-    settings = huge_pages(environ)
-    for name, value in settings.items():
-        print(f"launch: {name}={value} (huge pages; your own setting stands)", file=sys.stderr)
-    path = os.pathsep.join(filter(None, (str(ROOT), environ.get("PYTHONPATH"))))
-    return {**environ, **settings, "PYTHONPATH": path}
+def show_status(argv: list[str]) -> int:
+    """python launch.py status DIR [--watch] [--json]"""
+    parser = Parser()
+    parser.add_argument("DIR")
+    parser.add_argument("--watch", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    own = parser.parse_args(argv)
+    from v4jax.launching import status
+
+    return status.main(own.DIR, watch=own.watch, as_json=own.json)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the experiment in place of this process; returns only where none was started."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def write_report(argv: list[str]) -> int:
+    """python launch.py report DIR [--metric=NAME] [--highest]"""
+    parser = Parser()
+    parser.add_argument("DIR")
+    parser.add_argument("--metric")
+    parser.add_argument("--highest", action="store_true")
+    own = parser.parse_args(argv)
+    from v4jax.launching import page
+
+    print(page.write_report(own.DIR, own.metric, own.highest))
+    return 0
+
+
+def start_one(argv: list[str]) -> int:
+    """Runs one experiment in place of this process; returns only where none was started."""
+    parser = Parser()
     parser.add_argument("--experiment", nargs="?")
     own, arguments = parser.parse_known_args(argv)
     if own.experiment is None:
-        listing = "\n".join(f"  {name:16} {line}" for name, line in available().items())
-        if {"--help", "-help", "-h"} & set(arguments):
+        listing = "\n".join(f"  {name:16} {line}" for name, line in experiments.available().items())
+        if HELP & set(arguments):
             print(f"{__doc__}\nExperiments:\n{listing}")
             return 0
-        print(f"launch: --experiment=NAME is missing; there are:\n{listing}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--experiment=NAME is missing; there are:\n{listing}")
+    line = experiments.command_line(own.experiment, arguments)
+    os.execve(line[0], line, experiments.environment(os.environ))
+
+
+def main(argv: list[str]) -> int:
+    """The exit code: 2, after one line, for what cannot be started as it was asked."""
     try:
-        line = command(own.experiment, arguments)
-    except ValueError as error:
+        if argv[:1] in (["status"], ["report"]):
+            return (show_status if argv[0] == "status" else write_report)(argv[1:])
+        parser = Parser()
+        parser.add_argument("--sweep", action="append")
+        parser.add_argument("--experiment", nargs="?")
+        own, _ = parser.parse_known_args(argv)
+        return start_sweep(argv) if own.sweep and own.experiment else start_one(argv)
+    except (ValueError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2
-    os.execve(line[0], line, environment(os.environ))
+    except KeyboardInterrupt:
+        print("\nlaunch: interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

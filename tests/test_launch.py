@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import launch
+from v4jax.launching import experiments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,7 +80,7 @@ def test_help_of_an_experiment_is_the_experiments_own(probe):
 
 
 def test_an_experiment_by_name_runs_as_a_module_of_ours():
-    assert launch.command("bf16_to_fp4", ["--quick"])[1:] == [
+    assert experiments.command_line("bf16_to_fp4", ["--quick"])[1:] == [
         "-P",
         "-m",
         "experiments.bf16_to_fp4",
@@ -100,7 +101,7 @@ def test_a_signal_reaches_the_experiment(tmp_path):
         assert process.wait(timeout=30) == -signal.SIGTERM
 
 
-GLIBC = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {}) and launch.huge_pages(
+GLIBC = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {}) and experiments.huge_pages(
     {"JAX_PLATFORMS": "cpu"}
 )
 
@@ -119,6 +120,187 @@ def test_huge_pages_leave_a_users_setting_and_accelerators_alone(probe, environ)
     run = run_launch(f"--experiment={probe}", environ=environ)
     assert json.loads(run.stdout)["tunables"] == environ.get("GLIBC_TUNABLES")
     assert run.stderr == ""
+
+
+SWEPT = """
+import json, pathlib
+from absl import app, flags
+WORKDIR = flags.DEFINE_string("workdir", None, "", required=True)
+SEED = flags.DEFINE_integer("seed", 0, "")
+RATE = flags.DEFINE_float("learning_rate", 0.1, "", 0)
+
+def describe():
+    return {"parameters": 1000 * (1 + SEED.value)}
+
+def pairs():
+    return [{"seed": 5, "learning_rate": 0.5}, {"seed": 6}]
+
+def main(argv):
+    folder = pathlib.Path(WORKDIR.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps({"loss": SEED.value + RATE.value}))
+    with open(folder / "starts", "a") as file:
+        file.write("started")
+
+if __name__ == "__main__":
+    app.run(main)
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Starts a sweep of a small experiment in tmp_path / "runs"."""
+    (tmp_path / "swept.py").write_text(SWEPT)
+
+    def start(*arguments, workdir="runs"):
+        environ = {"GLIBC_TUNABLES": "glibc.malloc.check=0"}
+        known = [f"--experiment={tmp_path}/swept.py", f"--workdir={tmp_path / workdir}"]
+        return run_launch(*known, *arguments, environ=environ, cwd=tmp_path)
+
+    return start
+
+
+def results(folder):
+    return {
+        path.parent.name: json.loads(path.read_text())["loss"]
+        for path in folder.glob("*/result.json")
+    }
+
+
+def test_a_sweep_runs_each_setting_in_a_folder_of_its_own(sweep, tmp_path):
+    run = sweep("--sweep", "seed=0:3", "--parallel=2", "--sweep=learning_rate=0.5,0.25")
+    assert run.returncode == 0, run.stderr
+    expected = {
+        f"seed={seed},learning_rate={rate}": seed + rate
+        for seed in range(3)
+        for rate in (0.5, 0.25)
+    }
+    assert results(tmp_path / "runs") == expected
+    assert json.loads((tmp_path / "runs" / "sweep.json").read_text())["format"] == 1
+
+
+def test_a_second_start_adds_its_runs_and_keeps_those_that_are_done(sweep, tmp_path):
+    assert sweep("--sweep=seed=0,1", "--learning_rate=0.5", "--executor=in_process").returncode == 0
+    run = sweep("--sweep=seed=1,2", "--learning_rate", "0.50", "--executor=in_process")
+    assert run.returncode == 0, run.stderr
+    assert results(tmp_path / "runs") == {"seed=0": 0.5, "seed=1": 1.5, "seed=2": 2.5}
+    assert (tmp_path / "runs" / "seed=1" / "starts").read_text() == "started"
+    run = sweep("--sweep=seed=3", "--learning_rate=0.7")
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert "has --learning_rate=0.5, this one --learning_rate=0.7" in run.stderr
+
+
+def test_a_function_of_the_experiment_and_max_runs(sweep, tmp_path):
+    run = sweep("--sweep=pairs()", "--max_runs=1", "--executor=in_process")
+    assert run.returncode == 0, run.stderr
+    assert results(tmp_path / "runs") == {"seed=5,learning_rate=0.5": 5.5}
+
+
+def test_a_dry_plan_is_printed_and_leaves_nothing(sweep, tmp_path):
+    run = sweep("--sweep=seed=0:2", "--sweep=learning_rate=uniform(0,1)", "--draws=2", "--dry_run")
+    assert run.returncode == 0, run.stderr
+    first, head, *rows = run.stdout.splitlines()
+    assert first.startswith("4 runs of ")
+    assert head.split() == ["run", "parameters"]
+    assert [row.split()[1] for row in rows] == ["1,000", "1,000", "2,000", "2,000"]
+    assert all(re.match(r"seed=\d,learning_rate=0\.\d+ ", row) for row in rows)
+    assert not (tmp_path / "runs").exists()
+    seeded = [sweep("--sweep=seed=intuniform(0,1000000)", "--dry_run", *more) for more in (
+        [], ["--sweep_seed=0"], ["--sweep_seed=1"],
+    )]  # fmt: skip
+    assert seeded[0].stdout == seeded[1].stdout != seeded[2].stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--sweep=sead=1,2"], "--sweep: swept has no flag sead; did you mean seed?"),
+        (["--sweep=seed=0,1", "--learnin_rate=1"], "did you mean learning_rate?"),
+        (["--sweep=seed=0,1", "--paralel=2"], "did you mean parallel?"),
+        (["--sweep=seed=0,x"], "--seed=x"),
+        (["--sweep=seed=0,1", "--learning_rate=-1"], "-1.0 is not a non-negative number"),
+        (["--sweep=seed=0,1", "--seed=3"], "--seed: is in a --sweep too"),
+        (["--sweep=seed=1:1"], "--sweep 'seed=1:1': '1:1': the range is empty"),
+        (["--sweep=seeds()"], "has no function seeds"),
+        (["--sweep=seed=0,1", "--executor=locl"], "allowed: in_process, local, slurm, k8s, tpu"),
+        (["--sweep=seed=0,1", "--nodes=2"], "retries, draws, sweep_seed, max_runs, dry_run, cores"),
+        (["--sweep=seed=0,1", "--cores=x"], "--cores=x"),
+        (["--sweep=seed=0,1", "--parallel=0"], "--parallel=0: allowed: 1 or more"),
+        (["--sweep=seed=0,1", "--retries=-1"], "--retries=-1: allowed: 0 or more"),
+        (["--sweep=seed=0,1", "--max_runs=x"], "--max_runs"),
+        (["--sweep=seed=0,1", "--draws=3"], "no --sweep draws"),
+        (["--sweep=seed=0,1", "stray"], "stray: not a flag"),
+        (["--sweep"], "--sweep: expected one argument"),
+    ],
+)
+def test_mistakes_in_a_sweep_end_in_one_line_before_anything_starts(
+    sweep, tmp_path, arguments, what
+):
+    run = sweep(*arguments)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
+    assert what in run.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_wants_an_experiment_a_folder_and_one_that_can_be_written(sweep, tmp_path):
+    run = run_launch("--experiment=bf16_to_f4", "--sweep=seed=0,1", "--workdir=x", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "did you mean bf16_to_fp4?" in run.stderr
+    run = run_launch("--experiment=bf16_to_fp4", "--sweep=seed=0,1")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "--workdir=DIR is missing" in run.stderr
+    (tmp_path / "file").write_text("")
+    run = sweep("--sweep=seed=0,1", workdir="file/runs")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "file/runs: cannot be written" in run.stderr
+
+
+def test_scripts_are_printed_and_nothing_is_started(sweep, tmp_path):
+    run = sweep("--sweep=seed=0,1", "--executor=slurm", "--dry_run", "--time=30")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert all(text in run.stdout for text in ("2 runs of ", "#!/bin/bash", "seed=1"))
+    slice_ = ["--accelerator_type=v6e-16", "--runtime_version=v2", "--zone=z", "--bucket=gs://b/x"]
+    run = run_launch(
+        *("--experiment=bf16_to_fp4", "--sweep=seed=0,1", "--workdir=runs"),
+        *("--executor=tpu", *slice_),
+        cwd=tmp_path,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.count("gcloud compute tpus queued-resources create") == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_cluster_that_is_not_there_is_refused_in_one_line(sweep, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    run = sweep("--sweep=seed=0,1", "--executor=slurm")
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
+
+
+def test_help_of_a_sweep_lists_the_executors_options(sweep):
+    run = sweep("--sweep=x", "--help")
+    assert run.returncode == 0
+    assert "--parallel=N" in run.stdout
+    assert "Options of --executor=local:\n  --cores" in run.stdout
+
+
+def test_status_and_report_name_the_folder_they_were_given(sweep, tmp_path):
+    assert sweep("--sweep=seed=0,1", "--executor=in_process").returncode == 0
+    run = run_launch("status", tmp_path / "runs", "--json")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert json.loads(run.stdout)["counts"] == {"done": 2}
+    run = run_launch("report", tmp_path / "runs")
+    assert (run.returncode, run.stderr) == (0, "")
+    page = Path(run.stdout.strip())
+    assert page.is_relative_to(tmp_path / "runs")
+    assert "seed=1" in page.read_text()
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_status_and_report_refuse_in_one_line(command, tmp_path):
+    for arguments in ([], [tmp_path / "none"], [tmp_path, "--colour=red"]):
+        run = run_launch(command, *arguments)
+        assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
+        assert run.stderr.startswith("launch: ")
 
 
 @pytest.mark.alone

@@ -1,0 +1,90 @@
+"""Runs on Cloud TPU VMs: the commands that start them, printed. Nothing here starts anything.
+
+A queued resource is a TPU slice that one waits for; the run's command then goes to all its hosts,
+and JAX finds its processes by itself. The hosts' disks go with the slice, so a run's folder is in a
+bucket. `kubernetes` has TPU slices of GKE.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+
+from v4jax.launching import experiments
+from v4jax.launching.jobset import in_image, jobset_name
+from v4jax.launching.local import check_resources
+from v4jax.launching.plan import Plan, Run
+
+RESOURCES: Mapping[str, str] = {
+    "accelerator_type": "slice, such as v6e-16",
+    "runtime_version": "software of the hosts, such as v2-alpha-tpuv6e",
+    "zone": "zone, such as us-east5-b",
+    "bucket": "gs://..., where the runs' folders are",
+    "project": "project that pays; default: gcloud's",
+    "spot": "yes: cheaper, and may be taken away",
+    "valid_until": "how long to wait for the slice, such as 6h",
+    "directory": "where the hosts have this repository; default v4jax",
+    "setup": "a command on every host before the run, such as one that installs it",
+}
+
+NEEDED = ("accelerator_type", "runtime_version", "zone", "bucket")
+ALLOWED = {
+    "bucket": (r"gs://[\w./-]+", "gs://BUCKET/PATH"),
+    "spot": (r"yes|no", "yes, no"),
+    "valid_until": (r"\d+[smhd]", "a number with s, m, h or d"),
+    "setup": (r".+", "one line"),
+    "directory": (r"[\w./~-]+", "a path"),
+}
+
+
+class Tpu:
+    """Prints commands for gcloud. Raises ValueError, one line, on bad resources."""
+
+    RESOURCES = RESOURCES
+
+    def __init__(self, resources: Mapping[str, str], slots: int):
+        check_resources("tpu", resources, RESOURCES)
+        for name, value in resources.items():
+            pattern, text = ALLOWED.get(name, (r"[\w.-]+", "a name"))
+            if not re.fullmatch(pattern, value):
+                shown = value if value.isprintable() else repr(value)
+                raise ValueError(f"--{name}={shown}: allowed: {text}")
+        for name in NEEDED:
+            if name not in resources:
+                raise ValueError(f"--{name}: --executor=tpu needs it: {RESOURCES[name]}")
+        self._given = dict(resources)
+
+    def preview(self, plan: Plan, retries: int = 0) -> str:
+        """A shell script: for each run, the commands that get a slice, run on it, give it back."""
+        experiment = experiments.located(plan.experiment)
+        runs = [self.commands(plan, run, experiment) for run in plan.runs]
+        blocks = [
+            f"# {run.name}\n" + "\n".join(lines) for run, lines in zip(plan.runs, runs, strict=True)
+        ]
+        return "\n\n".join(blocks) + "\n"
+
+    def commands(self, plan: Plan, run: Run, experiment: str) -> list[str]:
+        """The three commands of one run. Run the second when the slice is ACTIVE, and again, with
+        a new slice, after a pre-emption: the run goes on from its checkpoint."""
+        given, name = self._given, jobset_name(run)
+        where = [f"--zone={given['zone']}"]
+        where += [f"--project={given['project']}"] if "project" in given else []
+        create = [
+            *("gcloud", "compute", "tpus", "queued-resources", "create", name),
+            f"--node-id={name}",
+            f"--accelerator-type={given['accelerator_type']}",
+            f"--runtime-version={given['runtime_version']}",
+            *where,
+        ]
+        create += ["--spot"] if given.get("spot") == "yes" else []
+        if "valid_until" in given:
+            create.append(f"--valid-until-duration={given['valid_until']}")
+        workdir = f"{given['bucket'].rstrip('/')}/{plan.workdir.name}/{run.name}"
+        started = [*in_image(experiment), *run.arguments, f"--workdir={workdir}"]
+        steps = [given["setup"]] if "setup" in given else []
+        steps += [f"cd {given.get('directory', 'v4jax')}", shlex.join(started)]
+        ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *where, "--worker=all"]
+        ssh.append(f"--command={' && '.join(steps)}")
+        delete = ["gcloud", "compute", "tpus", "queued-resources", "delete", name, *where]
+        return [shlex.join(line) for line in (create, ssh, [*delete, "--force", "--quiet"])]
