@@ -1,8 +1,8 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, a progress line, tables at its end.
 
-`metrics.jsonl` is the truth, one JSON object a line; TensorBoard's files repeat it. JSON has no
-NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity" (protobuf's
-rule; Python's float() reads them), and `read_metrics` returns floats again.
+`metrics.jsonl` is the truth, one JSON object a line; TensorBoard's files and trackers repeat it.
+JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity"
+(protobuf's rule; Python's float() reads them), and `read_metrics` returns floats again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from v4jax.training.run_config import write_atomically
+from v4jax.training.trackers import Tracker
 
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 """The strings that stand for the floats JSON has no form for."""
@@ -34,11 +35,17 @@ class MetricsWriter:
       folder: the run's folder; created.
       resume_step: the step that training goes on from: later lines, and a last line that a kill
         tore, are dropped. None: training starts anew, and all lines are dropped.
+      trackers: from `open_trackers`; told every line's numbers, and closed with the writer.
 
     Raises: ValueError if a line of the file, other than a torn last one, is not a JSON object.
     """
 
-    def __init__(self, folder: str | os.PathLike, resume_step: int | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        resume_step: int | None = None,
+        trackers: Sequence[Tracker] = (),
+    ):
         import tensorboardX  # 0.1 to 0.4 s, and only training needs it
 
         folder = pathlib.Path(folder)
@@ -48,6 +55,7 @@ class MetricsWriter:
         kept = [line for line in _lines(path) if resume_step is not None and _step(line) < first]
         write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")
+        self._trackers = trackers
         self._board = tensorboardX.SummaryWriter(
             logdir=str(folder / "tensorboard"),
             purge_step=first,  # TensorBoard hides what an interrupted run wrote at later steps
@@ -57,15 +65,15 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self.close(failed=kind is not None)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line `{"step": step, **metrics}`, on disk when this returns.
 
         Args:
           metrics: name -> number (a Python, NumPy or JAX scalar, written as a float unless it is a
-            Python int) or string; strings do not go to TensorBoard. Names may hold "/".
+            Python int) or string; strings go to metrics.jsonl only. Names may hold "/".
         """
         row: dict[str, Any] = {"step": step}
         for name, value in metrics.items():
@@ -75,10 +83,16 @@ class MetricsWriter:
         self._file.write(json.dumps(_to_json(row), allow_nan=False) + "\n")
         self._file.flush()
         self._board.flush()
+        del row["step"]
+        numbers = {name: float(value) for name, value in row.items() if not isinstance(value, str)}
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self._file.close()
         self._board.close()
+        for tracker in self._trackers:
+            tracker.close(failed)
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
