@@ -32,6 +32,14 @@ SEEDS = integer("seeds", 1, "[run] Repeat with so many seeds, from --seed on: me
 FROM = string("from_checkpoint", None, "[run] <run folder>[@step]: branch off it, no pre-training.")
 SAVE_EVERY = integer("save_every", 100, "[run] Steps between checkpoints.", 1)
 LOG_EVERY = integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
+TRACKERS = flags.DEFINE_list("trackers", "", "[run] Of wandb, mlflow: beside TensorBoard.")
+MESH = string("mesh", None, "[devices] data=2,fsdp=4: copies, and parts of the parameters.")
+COORDINATOR = string("coordinator", None, "[devices] host:port of the first of several processes.")
+PROCESSES = integer("num_processes", None, "[devices] Processes of the run. Slurm, TPUs: found.", 1)
+PROCESS_ID = integer("process_id", None, "[devices] Which of them this is, from 0 on.", 0)
+PREEMPTIBLE = flags.DEFINE_bool(
+    "preemptible", False, "[devices] On SIGTERM save, and exit with 75; always so inside srun."
+)
 EVAL_WINDOWS = integer("eval_windows", 2048, "[run] At most so many held-out windows.", 1)
 
 DATA = string(
@@ -67,6 +75,9 @@ SCOPES = flags.DEFINE_list("scopes", "paper,all_linears", "[fp4] What QAT rounds
 INDEX_SCORES = flags.DEFINE_enum(
     "index_scores", "float32", ("float32", "bfloat16"), "[fp4] Of the indexer, in the QAT arms."
 )
+
+# Flags that leave the pre-training as it is: runs of a sweep that differ in these alone share one.
+AFTER_SWITCH = ("qat_start", "scopes", "index_scores", "eval_windows", "log_every")
 
 SMALL = {
     "steps": 20,
@@ -117,6 +128,13 @@ def configure(vocab_size: int, data: str, seed: int):
     )
 
 
+def describe() -> dict[str, int]:
+    """What a sweep's --dry_run says of a run."""
+    from v4jax.analysis import provenance
+
+    return provenance.sizes(configure(VOCAB_SIZE.value, "", SEED.value))
+
+
 def scopes():
     """Scope -> what its QAT arm rounds, from the flags."""
     from v4jax import quantization
@@ -134,9 +152,11 @@ def scopes():
 
 def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathlib.Path]]:
     """Trains and compares all arms of one seed; returns the report and the runs' folders."""
+    from v4jax import parallel
     from v4jax.analysis import comparison, provenance
     from v4jax.analysis.evaluation import Evaluator
     from v4jax.analysis.report import summary, write_report
+    from v4jax.distributed import is_main, say
     from v4jax.training import run, switch
     from v4jax.training.context_models import ContextModels
     from v4jax.training.corpus import load_corpus, split
@@ -145,33 +165,36 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     from v4jax.training.tokenizer import get_tokenizer
 
     began = time.perf_counter()
+    mesh = parallel.make_mesh(MESH.value)
+    parallel.check_rows(mesh, BATCH_SIZE.value)
     corpus = load_corpus(DATA.value)
-    print(corpus.description, flush=True)
+    say(corpus.description)
     train_part, held_out = split(corpus)
     tokenizer = get_tokenizer(TOKENIZER.value, train_part, VOCAB_SIZE.value, ".cache/text")
     dataset = Dataset.build(train_part.documents, tokenizer, ".cache/text")
     windows = evaluation_windows(held_out.documents, tokenizer, LENGTH.value, EVAL_WINDOWS.value)
 
     config = configure(tokenizer.vocab_size, dataset.hash, seed)
-    batches = dataset.batches(config.sequence_length, config.batch_size, seed)
-    trainer = run.Trainer(config, batches, dataset.token_counts(), tokenizer)
-    print(provenance.describe(trainer, dataset), flush=True)
+    share = parallel.share(mesh)
+    batches = dataset.batches(config.sequence_length, config.batch_size, seed, *share)
+    trainer = run.Trainer(config, batches, dataset.token_counts(), tokenizer, mesh)
+    say(provenance.describe(trainer, dataset))
     arms = switch.run_arms(
         trainer,
         workdir,
         switch_step=resolve_steps("--qat_start", fraction_or_steps("qat_start"), STEPS.value),
         scopes=scopes(),
-        pace=run.Pace(log_every=LOG_EVERY.value, save_every=SAVE_EVERY.value),
+        pace=run.Pace(LOG_EVERY.value, SAVE_EVERY.value, trackers=tuple(TRACKERS.value)),
         from_checkpoint=FROM.value,
     )
 
-    print("comparing the arms on the held-out documents", flush=True)
+    say("comparing the arms on the held-out documents")
+    seconds = switch.alternate_steps(trainer, arms.control, arms.scopes["paper"])
+    arms = arms if mesh is None else arms.on_one_device()
     report = comparison.compare(Evaluator(trainer.program, windows, 2 * BATCH_SIZE.value), arms)
     context = ContextModels.fit([text.encode() for _, text in train_part.documents])
     report["bits_per_byte"] |= context.bits_per_byte(windows.covered(held_out.documents))
-    report["seconds_per_step"] = switch.alternate_steps(
-        trainer, arms.control, arms.scopes["paper"]
-    ) | {"phases": comparison.phase_seconds(arms)}
+    report["seconds_per_step"] = seconds | {"phases": comparison.phase_seconds(arms)}
     report["continuation"] = comparison.continuations(trainer, arms, held_out.documents)
     report["what"] = provenance.what(trainer, arms, windows, corpus) | {
         "experiment": NAME,
@@ -179,23 +202,31 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
         "preset": PRESET.value,
         "seconds": {"total": time.perf_counter() - began},
     }
-    write_report(workdir, report, arms.folders)
-    print(summary(report), flush=True)
+    if is_main():
+        write_report(workdir, report, arms.folders)
+    say(summary(report))
     return report, arms.folders
 
 
 def main():
+    from v4jax import distributed
     from v4jax.analysis.report import attach_seeds, summary, write_report
 
     if FROM.value and SEEDS.value > 1:
         raise ValueError("--from_checkpoint: has one seed, so --seeds must be 1")
     if FROM.value and not flags.FLAGS["qat_start"].using_default_value:
         raise ValueError("--qat_start: with --from_checkpoint the switch is at its step; name none")
+    distributed.start(
+        coordinator=COORDINATOR.value,
+        num_processes=PROCESSES.value,
+        process_id=PROCESS_ID.value,
+        preemptible=PREEMPTIBLE.value,
+    )
     workdir = pathlib.Path(WORKDIR.value)
     results = [experiment(SEED.value, workdir)]
     for seed in range(SEED.value + 1, SEED.value + SEEDS.value):
         results.append(experiment(seed, workdir / f"seed_{seed}"))
-    if len(results) > 1:
+    if len(results) > 1 and distributed.is_main():
         reports = [report for report, _ in results]
         report = reports[0] | {"seeds": attach_seeds(reports)}
         write_report(workdir, report, results[0][1])

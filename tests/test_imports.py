@@ -17,6 +17,7 @@ LEVELS: dict[str, tuple[int, set[str] | None]] = {
     "v4jax.numerics": (0, {"jax", "ml_dtypes", "numpy"}),
     "kernels_pallas": (1, {"absl", "jax", "ml_dtypes", "numpy"}),
     "v4jax.config": (2, None),
+    "v4jax.distributed": (3, {"jax"}),
     "v4jax.parallel": (3, None),
     "v4jax.layers": (4, None),
     "v4jax.model": (5, None),
@@ -27,6 +28,7 @@ LEVELS: dict[str, tuple[int, set[str] | None]] = {
     "v4jax.inference": (7, None),
     "v4jax.interop": (7, None),
     "v4jax.analysis": (8, None),
+    "v4jax.launching": (8, {"absl", "pyarrow", "yaml"}),
     "experiments": (9, None),
     "launch": (9, set()),
     "v4jax": (8, set()),  # v4jax/__init__.py: a lazy table of names, imports nothing

@@ -184,7 +184,23 @@ def test_a_sibling_shares_the_pretraining(first, trainer, capsys):
     assert read_metrics(folder / "pretrain") == read_metrics(first.folder / "pretrain")
     assert tiny.same_bits(arms.control, first.arms.control)
     assert tiny.same_bits(arms.qat, first.arms.qat)
-    assert f"pre-training copied from {first.folder / 'pretrain'}: " in capsys.readouterr().out
+    said = f"pre-training copied from {first.folder / 'pretrain'}, {SWITCH} steps: "
+    assert said in capsys.readouterr().out
+
+
+def test_a_later_switch_goes_on_from_what_a_sibling_has(first, trainer):
+    recorded, later = Recorded(copy.copy(trainer)), SWITCH + 2
+    folder = first.folder.parent / "later"
+    run_arms(recorded.trainer, folder, switch_step=later, scopes=PAPER_ALONE, pace=PACE)
+    pretrained = [*range(SWITCH, later)]
+    assert [step for _, step in recorded.taken()] == pretrained + [*range(later, STEPS)] * 2
+    phases = json.loads((folder / "phases.json").read_text())
+    assert phases == [
+        {"name": "pretrain", "first": 0, "last": later},
+        {"name": "control", "first": later, "last": STEPS},
+        {"name": "qat", "first": later, "last": STEPS},
+    ]
+    shutil.rmtree(folder)  # or it would be the next test's sibling
 
 
 def test_other_code_does_not_share(first, trainer, monkeypatch):
@@ -256,10 +272,11 @@ def test_any_other_configuration_does_not_share(first, trainer):
         assert shared_pretraining(trainer_of(other), workdir, SWITCH) is None, path
 
 
-def test_no_sharing_without_the_step_or_with_a_beginning_of_ones_own(first, trainer):
+def test_no_sharing_without_a_step_or_with_a_beginning_of_ones_own(first, trainer):
     parent = first.folder.parent
-    assert shared_pretraining(trainer, parent / "third", SWITCH - 1) is None
-    assert shared_pretraining(trainer, parent / "third", SWITCH) is not None
+    assert shared_pretraining(trainer, parent / "third", PACE.save_every - 1) is None
+    assert shared_pretraining(trainer, parent / "third", SWITCH - 1).step == PACE.save_every
+    assert shared_pretraining(trainer, parent / "third", SWITCH).step == SWITCH
     assert shared_pretraining(trainer, first.folder, SWITCH) is None
     assert shared_pretraining(trainer, parent / "no/such", SWITCH) is None
 

@@ -5,14 +5,16 @@ import importlib.metadata
 import math
 import os
 import platform
+from typing import Any
 
 import jax
+import numpy as np
 
 from v4jax.analysis.comparison import PART_WINDOWS
 from v4jax.config import CSA
 from v4jax.training.corpus import Corpus
 from v4jax.training.data import Dataset, EvalWindows
-from v4jax.training.run import Trainer
+from v4jax.training.run import RunConfig, Trainer
 from v4jax.training.switch import Arms
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "numpy", "grain")
@@ -97,4 +99,15 @@ def what(trainer: Trainer, arms: Arms, windows: EvalWindows, corpus: Corpus) -> 
         "eval_tokens": predicted,
         "eval_bytes": int(windows.num_bytes.sum()),
         "part_windows": min(PART_WINDOWS, len(windows.tokens)),
+    }
+
+
+def sizes(config: RunConfig) -> dict[str, int]:
+    """Of a run before it starts: `parameters`, and `bytes of state`, which training holds."""
+    nothing: Any = None  # batches and tokenizer, which the sizes do not need
+    trainer = Trainer(config, nothing, np.ones(config.model.vocab_size), nothing)
+    state = trainer.abstract_state()
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "bytes of state": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
     }

@@ -38,7 +38,7 @@ OVER_SEEDS = (
 def write_report(
     folder: pathlib.Path, report: Mapping[str, Any], runs: Mapping[str, pathlib.Path]
 ) -> None:
-    """Writes `report.json`, `report.md` and `report.png`, in that order, each as a whole.
+    """Writes `report.json`, `report.md`, `report.png` and `result.json`, each as a whole.
 
     Args:
       folder: created if it is not there.
@@ -52,6 +52,26 @@ def write_report(
     write_atomically(folder / "report.md", markdown(report))
     histories = {name: read_metrics(run) for name, run in runs.items()}
     plots.save(folder / "report.png", report, histories)
+    write_atomically(folder / "result.json", json.dumps(result(report), indent=1) + "\n")
+
+
+def result(report: Mapping[str, Any]) -> dict[str, float]:
+    """The report's main numbers, name -> number: what a sweep's report compares.
+
+    Losses and differences in nats a token, on the report's scope and, where it is there, over all
+    linears; what is not finite is left out.
+    """
+    found = {"bits_per_byte": report["bits_per_byte"]["control"]}
+    for scope in scopes(report):
+        prefix = scope.prefix.replace(".", "_")
+        losses = scope.found["loss"]
+        found |= {f"{prefix}{arm}_loss": losses[arm] for arm in ("control", "ptq", "qat")}
+        for name in ("ptq_minus_control", "qat_minus_control", "qat_minus_ptq"):
+            found[prefix + name] = scope.found[name]["mean"]
+    found |= {f"index_recall_{name}": report["recall"][name] for name in ("qk", "score")}
+    found["expert_bytes_ratio"] = report["expert_bytes"]["ratio"]
+    found["seconds_per_step"] = report["seconds_per_step"]["bf16"]
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def summary(report: Mapping[str, Any]) -> str:

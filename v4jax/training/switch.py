@@ -9,6 +9,7 @@ Optimizer state, data position and schedule go on unchanged, so arms differ by t
 """
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import time
@@ -17,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from v4jax import distributed, parallel
 from v4jax.quantization import NO_QUANTIZATION, PAPER, Quantization, resolve
 from v4jax.training.checkpoint import Checkpointer
 from v4jax.training.metrics import MetricsWriter
 from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
-from v4jax.training.run_config import check_config, read_config, same_source
+from v4jax.training.run_config import check_config, read_config, same_source, write_atomically
 from v4jax.training.schedule import phase
 from v4jax.training.step import TrainState
 
@@ -41,6 +43,11 @@ class Arms:
     qat: dict[str, TrainState]
     scopes: dict[str, Quantization]
     folders: dict[str, pathlib.Path]
+
+    def on_one_device(self) -> "Arms":
+        """The same, with each state whole on the first device of every process: to compare them."""
+        control, qat = parallel.on_one_device((self.control, self.qat))
+        return dataclasses.replace(self, control=control, qat=qat)
 
 
 def run_arms(
@@ -67,15 +74,19 @@ def run_arms(
     if from_checkpoint:
         branch = parse_branch(from_checkpoint)
         check_fit(trainer, branch)
-        print(f"branching off {branch.folder} at step {branch.step}", flush=True)
+        distributed.say(f"branching off {branch.folder} at step {branch.step}")
     else:
         branch = Branch(workdir / "pretrain", switch_step)
         check_config(branch.folder, trainer.config.to_dict())
     check_arms(trainer, workdir, branch, scopes)
+    if distributed.is_main():
+        write_phases(workdir, trainer, branch, scopes)
     if not from_checkpoint:
-        shared = shared_pretraining(trainer, workdir, switch_step)
-        if shared is not None:
-            copy_pretraining(shared, branch.folder)
+        if distributed.is_main():
+            shared = shared_pretraining(trainer, workdir, switch_step)
+            if shared is not None:
+                copy_pretraining(shared, branch.folder)
+        distributed.barrier("pre-training copied")
         train(trainer, branch.folder, stop=switch_step, pace=pace)
     control = train(trainer, workdir / "control", stop=total, branch=branch, pace=pace)
     qat = {
@@ -92,6 +103,18 @@ def run_arms(
     names = ["control", *map(arm_name, scopes)]
     folders = {"pretrain": branch.folder} | {name: workdir / name for name in names}
     return Arms(branch, control, qat, scopes, folders)
+
+
+def write_phases(workdir: pathlib.Path, trainer: Trainer, branch: Branch, scopes) -> None:
+    """Writes `<workdir>/phases.json`, which says what is to come: [{"name", "first", "last"}, ...],
+    a run's folder and the steps that it goes from and to."""
+    total = trainer.config.schedule.total_steps
+    arms = [("control", branch.step, total)]
+    arms += [(arm_name(scope), branch.step, total) for scope in scopes]
+    own = [] if branch.folder.parent != workdir else [("pretrain", 0, branch.step)]
+    phases = [{"name": name, "first": first, "last": last} for name, first, last in own + arms]
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / "phases.json", json.dumps(phases))
 
 
 def parse_branch(text: str) -> Branch:
@@ -128,8 +151,8 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
     before, after = (dataclasses.astuple(phase(c.schedule, branch.step)) for c in (parent, mine))
     if before != after:
         names = "learning rate (of its peak), MTP weight, dense attention"
-        print(f"the schedules differ at step {branch.step}: {names}")
-        print(f"  there {[float(x) for x in before]}, here {[float(x) for x in after]}", flush=True)
+        distributed.say(f"the schedules differ at step {branch.step}: {names}")
+        distributed.say(f"  there {[float(x) for x in before]}, here {[float(x) for x in after]}")
     if branch.step >= mine.schedule.total_steps:
         raise ValueError(
             f"--from_checkpoint={branch.folder}@{branch.step}: nothing is left to train, "
@@ -154,35 +177,43 @@ def check_arms(
 
 
 def shared_pretraining(trainer: Trainer, workdir: pathlib.Path, step: int) -> Branch | None:
-    """The very same pre-training in a folder beside `workdir`, or None.
+    """The very same pre-training in a folder beside `workdir`, as far as it is of use, or None.
 
-    That is: of an equal configuration, begun by the same code, with a whole checkpoint at `step`.
-    None where the run has begun its own.
+    That is: of an equal configuration, begun by the same code, and its newest whole checkpoint that
+    is not past `step`. None where the run has begun its own.
     """
     if read_config(workdir / "pretrain") is not None or not workdir.parent.is_dir():
         return None
+    best: Branch | None = None
     for folder in sorted(workdir.parent.glob("*/pretrain")):
         try:
             if read_run_config(folder).hash != trainer.config.hash or not same_source(folder):
                 continue
             with Checkpointer(folder / "checkpoints") as checkpointer:
-                checkpointer.restore(trainer.abstract_state(), step)
-            return Branch(folder, step)
-        except (ValueError, TypeError, KeyError):  # another version's, damaged, or without the step
+                fit = [found for found in checkpointer.steps() if found <= step]
+                if fit and (best is None or fit[-1] > best.step):
+                    checkpointer.restore(trainer.abstract_state(), fit[-1])
+                    best = Branch(folder, fit[-1])
+        except (ValueError, TypeError, KeyError):  # another version's, or damaged
             continue
-    return None
+    return best
 
 
 def copy_pretraining(source: Branch, folder: pathlib.Path) -> None:
     """Makes `folder` the run in `source.folder` as it was at `source.step`, whole or not at all."""
     temporary = folder.with_name("pretrain.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source.folder, temporary, ignore=shutil.ignore_patterns("checkpoints"))
     checkpoint = pathlib.Path("checkpoints", str(source.step))
-    shutil.copytree(source.folder / checkpoint, temporary / checkpoint)
+    try:
+        shutil.copytree(source.folder, temporary, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(source.folder / checkpoint, temporary / checkpoint)
+    except (FileNotFoundError, shutil.Error):  # the sibling trains on, and has dropped it
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     MetricsWriter(temporary, source.step).close()  # drops what came after
     temporary.rename(folder)
-    print(f"pre-training copied from {source.folder}: same configuration, same code", flush=True)
+    what = f"pre-training copied from {source.folder}, {source.step} steps"
+    print(f"{what}: same configuration, same code", flush=True)
 
 
 def alternate_steps(
@@ -194,10 +225,10 @@ def alternate_steps(
     `ratio_low`, `ratio_high`, and `pairs`. The state given is not changed.
     """
     updates = {"bf16": trainer.step(NO_QUANTIZATION), "qat": trainer.step(quantization)}
-    states = {name: jax.tree.map(jnp.copy, state) for name in updates}
+    states = {name: jax.tree.map(_copy, state) for name in updates}
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for i in range(pairs + 1):
-        batch = trainer.batches(int(state.step) + i)
+        batch = trainer.batch(int(state.step) + i)
         for name, update in updates.items():
             start = time.perf_counter()
             states[name], _ = update(states[name], *batch)
@@ -213,3 +244,7 @@ def alternate_steps(
         "ratio_high": float(high),
         "pairs": pairs,
     }
+
+
+def _copy(x: jax.Array) -> jax.Array:
+    return jax.device_put(jnp.copy(x), x.sharding)
