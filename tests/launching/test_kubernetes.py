@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from tests.launching import jobset_schema
 from v4jax.launching import jobset, kubernetes
+from v4jax.launching.experiments import ROOT
 from v4jax.launching.plan import make_plan
-from v4jax.launching.run_folder import ROOT, Command, RunFolder
+from v4jax.launching.run_folder import Command, RunFolder
 
 VALIDATOR = jobset_schema.validator()
 NEEDED = {"image": "eu.gcr.io/me/v4jax:1", "volume": "work:/runs"}

@@ -4,6 +4,7 @@ The cluster is one of `slurm_cluster`; without its packages these tests are skip
 REQUIRE_SLURM=1.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from tests.launching import counting, slurm_cluster
+from tests.launching import counting, slurm_cluster, sweeping
 from tests.launching.sweeping import disguised_claim
 from v4jax.launching import claim, slurm, slurm_job, slurm_script
 from v4jax.launching.plan import make_plan
@@ -300,12 +301,7 @@ def cluster(real_cluster, monkeypatch):
     return real_cluster
 
 
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return value
+wait_for = functools.partial(sweeping.wait_for, seconds=30.0)
 
 
 def sweep(folder, runs=1, **flags):
@@ -323,7 +319,7 @@ def submitted(plan, executor, retries=0):
 
 def end(executor, handles, seconds=40.0):
     """The exit codes, once all have one."""
-    wait_for(lambda: all(executor.poll(handle) is not None for handle in handles), seconds)
+    wait_for(lambda: all(executor.poll(handle) is not None for handle in handles), seconds=seconds)
     return [executor.poll(handle) for handle in handles]
 
 
@@ -589,7 +585,7 @@ def test_two_tasks_train_together_and_after_a_preemption_end_with_the_same_bits(
         _, handles = submitted(plan, executor)
         train = plan.runs[0].folder / "train"
         if name == "preempted":
-            wait_for(lambda: (train / "checkpoints/4").exists(), 120)  # noqa: B023
+            wait_for(lambda: (train / "checkpoints/4").exists(), seconds=120)  # noqa: B023
             preempt(cluster)
         assert end(executor, handles, 240) == [0]
         record = json.loads((train / f"checkpoints/{steps}/record.json").read_text())

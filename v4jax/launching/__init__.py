@@ -8,6 +8,7 @@ launch.py is the command line; here is what it calls, in the order in which a sw
   plan          the runs: names, folders, arguments; sweep.json
   runner        the loop over runs: claims, starts, restarts, retries
   in_process, local, slurm, kubernetes, tpu     executors: where a run's process lives
+  resources, asking     what an executor is given, and what a scheduler's commands answer
   run_folder    what the launcher keeps in a run's folder
   status        what every run does now
   results, page   the sweep's numbers as tables, and one HTML page

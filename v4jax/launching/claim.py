@@ -29,7 +29,7 @@ import socket
 import time
 
 from v4jax.launching import processes
-from v4jax.training.cache import write_whole
+from v4jax.training.files import write_whole
 
 BEAT = 10.0
 """Seconds between two beats."""

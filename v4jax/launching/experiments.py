@@ -43,6 +43,12 @@ def located(experiment: str) -> str:
     return experiment
 
 
+def source(experiment: str) -> str:
+    """The path of the experiment's file; errors as `located`."""
+    found = located(experiment)
+    return found if found.endswith(".py") else str(ROOT / "experiments" / f"{found}.py")
+
+
 def command_line(experiment: str, arguments: Sequence[str]) -> list[str]:
     """The command line that runs `experiment` with `arguments`, for use with `environment`.
 

@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping
 
-from v4jax.launching.local import check_resources
+from v4jax.launching.resources import check_resources
 from v4jax.launching.run_folder import RunFolder
 
 

@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from v4jax.launching.local import check_resources
+from v4jax.launching.experiments import ROOT
 from v4jax.launching.plan import Run
-from v4jax.launching.run_folder import AGAIN, ROOT
+from v4jax.launching.resources import COUNT, check_resources
+from v4jax.launching.run_folder import AGAIN
 
 PORT = 8476  # of the coordinator
 WEEK = 7 * 86400  # for so long, an ended JobSet can be looked at
@@ -39,9 +40,8 @@ RESOURCES: Mapping[str, str] = {
     "grace": "seconds between SIGTERM and SIGKILL; default 120",
 }
 
-_COUNT = (r"[1-9]\d*", "a whole number from 1 on")
 ALLOWED = {
-    **dict.fromkeys(("hosts", "gpus", "slices", "chips_per_host", "cpu", "grace"), _COUNT),
+    **dict.fromkeys(("hosts", "gpus", "slices", "chips_per_host", "cpu", "grace"), COUNT),
     "topology": (r"[1-9]\d*(x[1-9]\d*){1,2}", "numbers of chips, such as 4x4 or 2x2x4"),
     "memory": (r"\d+(Mi|Gi|Ti|M|G|T)", "a size such as 64Gi"),
     "volume": (r"[a-z0-9.-]+:/.+", "CLAIM:PATH, the path absolute"),
@@ -52,15 +52,14 @@ ALLOWED = {
 
 def check(resources: Mapping[str, str]) -> None:
     """Raises ValueError, one line, on a resource or a value that makes no manifest."""
-    check_resources("k8s", resources, RESOURCES)
-    for name, value in resources.items():
-        pattern, text = ALLOWED.get(name, (r"[\w./:@-]+", "a name"))
-        if not re.fullmatch(pattern, value):
-            shown = value if value.isprintable() else repr(value)
-            raise ValueError(f"--{name}={shown}: allowed: {text}")
-    for name in ("image", "volume"):
-        if name not in resources:
-            raise ValueError(f"--{name}: --executor=k8s needs it: {RESOURCES[name]}")
+    check_resources(
+        "k8s",
+        resources,
+        RESOURCES,
+        allowed=ALLOWED,
+        otherwise=(r"[\w./:@-]+", "a name"),
+        needed=("image", "volume"),
+    )
     tpu = "tpu" in resources
     if tpu != ("topology" in resources):
         raise ValueError("--tpu, --topology: one needs the other")

@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from v4jax.launching import experiments, jobset
+from v4jax.launching.asking import ask
 from v4jax.launching.jobset import jobset_name, manifest
 from v4jax.launching.plan import Plan, Run
 from v4jax.launching.run_folder import RunFolder
-from v4jax.training.cache import write_whole
+from v4jax.training.files import write_whole
 
 TIMEOUT = 60.0
 """Seconds to wait for kubectl's answer."""
@@ -129,15 +129,5 @@ def to_yaml(made: Mapping[str, Any]) -> str:
 
 def kubectl(words: Sequence[str], timeout: float = TIMEOUT) -> str:
     """What kubectl answers. Raises ValueError, one line, where it does not."""
-    try:
-        asked = subprocess.run(["kubectl", *words], capture_output=True, text=True, timeout=timeout)
-    except FileNotFoundError as error:
-        raise ValueError(
-            "--executor=k8s: kubectl is not on this machine; --dry_run prints what it would get"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(f"--executor=k8s: kubectl got no answer in {timeout:g} s") from error
-    if asked.returncode != 0:
-        lines = asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"]
-        raise ValueError(f"--executor=k8s: kubectl failed: {lines[-1]}")
-    return asked.stdout
+    absent = "; --dry_run prints what it would get"
+    return ask(["kubectl", *words], timeout, here="--executor=k8s: kubectl", absent=absent)

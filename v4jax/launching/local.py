@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 
 from v4jax.launching import processes
+from v4jax.launching.resources import COUNT, check_resources
 from v4jax.launching.run_folder import RunFolder
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -50,8 +51,8 @@ class Local:
     }
 
     def __init__(self, resources: Mapping[str, str], slots: int):
-        check_resources("local", resources, self.RESOURCES)
-        given = {name: _count(name, value) for name, value in resources.items()}
+        check_resources("local", resources, self.RESOURCES, otherwise=(r"0*[1-9]\d*", COUNT[1]))
+        given = {name: int(value) for name, value in resources.items()}
         self._cores = _split(_available_cores(), given.get("cores"), slots, "cores")
         self._gpus: list[list] | None = None
         if "gpus" in given:
@@ -121,22 +122,6 @@ class Local:
     def _free_slot(self, handle: Handle) -> None:
         if handle.slot not in self._free:
             self._free.append(handle.slot)
-
-
-def check_resources(executor: str, given: Mapping[str, str], known: Mapping[str, str]) -> None:
-    """Raises ValueError, one line that lists what `executor` knows, on an unknown resource."""
-    for name in given:
-        if name not in known:
-            there = "; ".join(f"--{option} ({text})" for option, text in known.items()) or "none"
-            raise ValueError(
-                f"--{name}: --executor={executor} has no such resource; it has {there}"
-            )
-
-
-def _count(name: str, value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"--{name}={value}: allowed: a whole number from 1 on")
-    return int(value)
 
 
 def _split(there: list, each: int | None, slots: int, name: str) -> list[list]:

@@ -27,7 +27,7 @@ from v4jax.launching.results import (
     summarize,
     write_tables,
 )
-from v4jax.training.cache import write_whole
+from v4jax.training.files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c1e21; --soft: #5b6068;

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from v4jax.training.cache import write_whole
+from v4jax.training.files import write_whole
 
 FORMAT = 1
 LONGEST = 100  # characters of a run's name

@@ -23,7 +23,7 @@ from typing import Any
 
 from v4jax.launching.plan import Plan, Run, read_plan
 from v4jax.launching.run_folder import RunFolder, ending
-from v4jax.training.cache import write_whole
+from v4jax.training.files import write_whole
 from v4jax.training.metrics import NOT_FINITE, read_metrics
 
 SEEDS = ("seed", "seeds")

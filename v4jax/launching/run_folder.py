@@ -24,10 +24,9 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
+from v4jax.launching.experiments import ROOT
 from v4jax.launching.processes import MARK
-from v4jax.training.cache import write_whole
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from v4jax.training.files import write_whole
 
 DONE, REFUSED, AGAIN = 0, 2, 75
 """Exit codes with a meaning: done; bad input, which trying again cannot help; a checkpoint is

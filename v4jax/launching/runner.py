@@ -229,13 +229,11 @@ class _Loop:
 
     def folder(self, run: Run, attempt: int, claimed: claim.Claim) -> RunFolder:
         arguments = [*run.arguments, f"--workdir={run.folder}"]
-        name = experiments.located(self.plan.experiment)
-        path = name if name.endswith(".py") else experiments.ROOT / "experiments" / f"{name}.py"
         command = Command(
             argv=tuple(experiments.command_line(self.plan.experiment, arguments)),
             directory=os.getcwd(),
             environment=self.environment,
-            source=os.fspath(path),
+            source=experiments.source(self.plan.experiment),
         )
         return RunFolder(run.folder, command, attempt, claimed.token)
 

@@ -23,16 +23,17 @@ import os
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
 from v4jax.launching import claim, experiments, slurm_script
+from v4jax.launching.asking import ask
+from v4jax.launching.experiments import ROOT
 from v4jax.launching.plan import Plan, Run
-from v4jax.launching.run_folder import AGAIN, ROOT, Command, RunFolder
+from v4jax.launching.run_folder import AGAIN, Command, RunFolder
 from v4jax.launching.slurm_script import files, job_name
-from v4jax.training.cache import write_whole
+from v4jax.training.files import write_whole
 
 TIMEOUT = 30.0
 """Seconds to wait for Slurm's answer. Its commands try for long where the controller is down."""
@@ -185,10 +186,9 @@ def submit_plan(plan: Plan, executor: Slurm, retries: int) -> str:
 def command(plan: Plan, run: Run) -> Command:
     """What a job runs: launch.py, which knows on the node itself what a run should start with."""
     experiment = experiments.located(plan.experiment)
-    path = experiment if experiment.endswith(".py") else f"{ROOT}/experiments/{experiment}.py"
     line = (sys.executable, f"{ROOT}/launch.py", f"--experiment={experiment}")
     argv = (*line, *run.arguments, f"--workdir={run.folder}")
-    return Command(argv, os.getcwd(), {}, path)
+    return Command(argv, os.getcwd(), {}, experiments.source(experiment))
 
 
 def _new_submission(sweep: pathlib.Path) -> pathlib.Path:
@@ -206,18 +206,8 @@ def _new_submission(sweep: pathlib.Path) -> pathlib.Path:
 def _ask(words: Sequence[str]) -> str:
     """What one of Slurm's commands answers. ValueError, one line, where it does not."""
     here = f"--executor=slurm: {words[0]}"
-    try:
-        asked = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
-    except FileNotFoundError as error:
-        raise ValueError(f"{here} is not on this machine: run this on a login node") from error
-    except subprocess.TimeoutExpired as error:
-        raise ValueError(
-            f"{here} got no answer from Slurm's controller in {TIMEOUT:g} s"
-        ) from error
-    if asked.returncode != 0:
-        lines = asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"]
-        raise ValueError(f"{here} failed: {lines[-1]}")
-    return asked.stdout
+    absent, who = ": run this on a login node", " from Slurm's controller"
+    return ask(words, TIMEOUT, here=here, absent=absent, who=who)
 
 
 def _outcome(job: str) -> tuple[str, int, int] | None:

@@ -12,8 +12,9 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from v4jax.launching.local import check_resources
-from v4jax.launching.run_folder import ROOT, RunFolder
+from v4jax.launching.experiments import ROOT
+from v4jax.launching.resources import COUNT, check_resources
+from v4jax.launching.run_folder import RunFolder
 
 LEAD = 120
 """Seconds between SIGTERM and the time limit. Slurm itself is only exact to a minute."""
@@ -41,9 +42,7 @@ RESOURCES: Mapping[str, str] = {
 }
 
 ALLOWED = {
-    "nodes": (r"[1-9]\d*", "a whole number from 1 on"),
-    "tasks_per_node": (r"[1-9]\d*", "a whole number from 1 on"),
-    "cpus_per_task": (r"[1-9]\d*", "a whole number from 1 on"),
+    **dict.fromkeys(("nodes", "tasks_per_node", "cpus_per_task"), COUNT),
     "gpus_per_node": (r"([\w.-]+:)?[1-9]\d*", "a whole number from 1 on, or TYPE:NUMBER"),
     "lead": (r"\d{1,5}", "whole seconds"),
     "memory": (r"\d+[KMGT]?", "a number of megabytes, or with K, M, G or T"),
@@ -55,12 +54,8 @@ ALLOWED = {
 
 def check(resources: Mapping[str, str]) -> None:
     """Raises ValueError, one line, on a resource or a value that sbatch would not take."""
-    check_resources("slurm", resources, RESOURCES)
-    for name, value in resources.items():
-        pattern, text = ALLOWED.get(name, (r"[\w.,:&|*()+-]+", "a name"))
-        if not re.fullmatch(pattern, value):
-            shown = value if value.isprintable() else repr(value)
-            raise ValueError(f"--{name}={shown}: allowed: {text}")
+    name = (r"[\w.,:&|*()+-]+", "a name")
+    check_resources("slurm", resources, RESOURCES, allowed=ALLOWED, otherwise=name)
     lead = int(resources.get("lead", LEAD))
     if "time" in resources and seconds(resources["time"]) <= lead:
         raise ValueError(f"--time={resources['time']}: allowed: more than --lead={lead} seconds")

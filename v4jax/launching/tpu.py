@@ -7,14 +7,13 @@ bucket. `kubernetes` has TPU slices of GKE.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 
 from v4jax.launching import experiments
 from v4jax.launching.jobset import in_image, jobset_name
-from v4jax.launching.local import check_resources
 from v4jax.launching.plan import Plan, Run
+from v4jax.launching.resources import check_resources
 
 RESOURCES: Mapping[str, str] = {
     "accelerator_type": "slice, such as v6e-16",
@@ -44,15 +43,8 @@ class Tpu:
     RESOURCES = RESOURCES
 
     def __init__(self, resources: Mapping[str, str], slots: int):
-        check_resources("tpu", resources, RESOURCES)
-        for name, value in resources.items():
-            pattern, text = ALLOWED.get(name, (r"[\w.-]+", "a name"))
-            if not re.fullmatch(pattern, value):
-                shown = value if value.isprintable() else repr(value)
-                raise ValueError(f"--{name}={shown}: allowed: {text}")
-        for name in NEEDED:
-            if name not in resources:
-                raise ValueError(f"--{name}: --executor=tpu needs it: {RESOURCES[name]}")
+        name = (r"[\w.-]+", "a name")
+        check_resources("tpu", resources, RESOURCES, allowed=ALLOWED, otherwise=name, needed=NEEDED)
         self._given = dict(resources)
 
     def preview(self, plan: Plan, retries: int = 0) -> str:

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from v4jax.training.files import write_whole
+
 
 def cached(path: str | os.PathLike[str], make: Callable[[], bytes]) -> bytes:
     """The bytes that `path` keeps, or `make()`, which it then keeps.
 
     The file is the sha256 (hex) of the bytes, a line end, the bytes; one that disagrees with
-    itself is made again, with a warning. It is written whole or not at all: a reader or a kill
-    never meets half of it.
+    itself is made again, with a warning.
     """
     path = Path(path)
     if path.is_file():
@@ -28,14 +29,3 @@ def cached(path: str | os.PathLike[str], make: Callable[[], bytes]) -> bytes:
     except OSError as error:  # read-only, or full
         warnings.warn(f"cache file {path} is not kept: {error}", stacklevel=2)
     return content
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, and its folder, so that a kill at any instant leaves all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

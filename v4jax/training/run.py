@@ -161,7 +161,7 @@ class Trainer:
         self.shardings: TrainState | None = None
         if mesh is not None:
             parameters = nnx.state(model, nnx.Param)
-            self.shardings = parallel.spread(self._shapes(), parameters, mesh)
+            self.shardings = parallel.spread(self._shapes, parameters, mesh)
         self._new = jax.jit(self._initial_state, out_shardings=self.shardings)
         self._aside = concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._steps: dict[Quantization, concurrent.futures.Future] = {}
@@ -189,16 +189,17 @@ class Trainer:
         """Step 0, from the config's seed."""
         return self._new()
 
+    @functools.cached_property
     def _shapes(self) -> TrainState:
         return jax.eval_shape(self._initial_state)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and, on a mesh, shardings of the state."""
         if self.shardings is None:
-            return self._shapes()
+            return self._shapes
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            self._shapes(),
+            self._shapes,
             self.shardings,
         )
 

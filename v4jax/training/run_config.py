@@ -14,6 +14,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from v4jax.training.files import write_whole
+
 FORMAT = 2
 """The format of the checkpoints and configurations that this version writes."""
 
@@ -113,12 +115,7 @@ def config_hash(config: dict[str, Any]) -> str:
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Replaces the file: a kill at any instant leaves the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, text.encode("utf-8"))
 
 
 def canonical(value: Any) -> str:

@@ -179,8 +179,8 @@ def check_arms(
 def shared_pretraining(trainer: Trainer, workdir: pathlib.Path, step: int) -> Branch | None:
     """The very same pre-training in a folder beside `workdir`, as far as it is of use, or None.
 
-    That is: of an equal configuration, begun by the same code, and its newest whole checkpoint that
-    is not past `step`. None where the run has begun its own.
+    That is: of an equal configuration, begun by the same code, and its newest checkpoint not past
+    `step`, if that is whole. None where the run has begun its own.
     """
     if read_config(workdir / "pretrain") is not None or not workdir.parent.is_dir():
         return None

@@ -19,8 +19,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from v4jax.training.cache import cached, write_whole
+from v4jax.training.cache import cached
 from v4jax.training.corpus import Corpus
+from v4jax.training.files import write_whole
 
 BOS = "<|bos|>"
 # Special tokens that a foreign tokenizer.json may already have for the start of a document.

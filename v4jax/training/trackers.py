@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from v4jax.training.cache import write_whole
+from v4jax.training.files import write_whole
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}
 """A tracker's name -> what `pip install` needs for it."""
