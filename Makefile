@@ -18,7 +18,7 @@ PYTEST := .venv/bin/python -m pytest --durations=10
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' Makefile
 
-demo: venv ## pre-train in BF16, switch to FP4, compare: 10 minutes on two cores, result in runs/demo
+demo: venv ## pre-train in BF16, switch to FP4, compare: 13 minutes on two slow cores, result in runs/demo
 	.venv/bin/python launch.py --experiment=bf16_to_fp4 --workdir=$(WORKDIR) $(ARGS)
 
 # With ARGS one run of all, since a selection (ARGS="-k sinkhorn") may leave a stage without a test.
