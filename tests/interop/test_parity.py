@@ -193,7 +193,9 @@ def test_random_model(number):
     assert_close(logits, expected)
     largest = max(np.abs(gradient).max() for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
-        atol = 1e-4 * np.abs(gradient).max() + 1e-7 * largest
+        # One stream's head weight only scales what the final norm normalizes: nothing but rounding.
+        rounding = 1e-6 if cfg.hc_mult == 1 and ".hc_head." in name else 1e-7
+        atol = 1e-4 * np.abs(gradient).max() + rounding * largest
         np.testing.assert_allclose(gradients[name], gradient, rtol=0, atol=atol, err_msg=name)
     # No gradient there: indexers, and compressors of texts shorter than one window.
     without = gradients.keys() - expected_gradients.keys()
