@@ -130,7 +130,9 @@ def make_sweep(own, arguments: list[str], options: list[str], taken: list[str]) 
     )
     answer = experiments.describe(experiment, question)
     plan = dataclasses.replace(plan, fixed=answer.fixed, after_switch=answer.after_switch)
-    return plan.settled(), answer.columns
+    columns = {run.name: row for run, row in zip(plan.runs, answer.columns, strict=False)}
+    plan = plan.parsed(answer.values)
+    return plan.settled(), [columns.get(run.name, {}) for run in plan.runs]
 
 
 def find_executor(name: str) -> Any:

@@ -132,6 +132,8 @@ def describe() -> dict[str, int]:
     """What a sweep's --dry_run says of a run."""
     from v4jax.analysis import provenance
 
+    if QUICK.value:
+        command.shrink(SMALL)
     return provenance.sizes(configure(VOCAB_SIZE.value, "", SEED.value))
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-import random
 import time
 from pathlib import Path
 
 import pytest
 from absl import flags
 
-from tests.launched import launched
+from tests.launched import launched, write_corpus
 from v4jax.training.metrics import read_metrics
 from v4jax.training.run import load_run
 
@@ -26,14 +25,7 @@ launch = functools.partial(launched, "bf16_to_fp4")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Thirty files of a few kilobytes."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    words = ["def", "return", "self", "x", "y", "+", "(", ")", ":", "\n    ", "for", "in", "0", "1"]
-    for i in range(30):
-        text = " ".join(rng.choices(words, k=rng.randint(200, 900)))
-        (folder / f"{i}.py").write_text(text)
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

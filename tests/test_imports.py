@@ -17,6 +17,7 @@ LEVELS: dict[str, tuple[int, set[str] | None]] = {
     "v4jax.numerics": (0, {"jax", "ml_dtypes", "numpy"}),
     "kernels_pallas": (1, {"absl", "jax", "ml_dtypes", "numpy"}),
     "v4jax.config": (2, None),
+    "v4jax.exit_codes": (2, set()),
     "v4jax.distributed": (3, {"jax"}),
     "v4jax.parallel": (3, None),
     "v4jax.layers": (4, None),

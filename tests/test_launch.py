@@ -190,6 +190,14 @@ def test_a_second_start_adds_its_runs_and_keeps_those_that_are_done(sweep, tmp_p
     assert "has --learning_rate=0.5, this one --learning_rate=0.7" in run.stderr
 
 
+def test_a_value_in_two_spellings_is_one_run(sweep, tmp_path):
+    assert sweep("--sweep=learning_rate=0.5,5e-1", "--executor=in_process").returncode == 0
+    run = sweep("--sweep=learning_rate=.5,1e0", "--executor=in_process")
+    assert run.returncode == 0, run.stderr
+    assert results(tmp_path / "runs") == {"learning_rate=0.5": 0.5, "learning_rate=1e0": 1.0}
+    assert (tmp_path / "runs" / "learning_rate=0.5" / "starts").read_text() == "started"
+
+
 def test_a_function_of_the_experiment_and_max_runs(sweep, tmp_path):
     run = sweep("--sweep=pairs()", "--max_runs=1", "--executor=in_process")
     assert run.returncode == 0, run.stderr

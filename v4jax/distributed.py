@@ -31,8 +31,7 @@ from typing import Any
 
 import jax
 
-AGAIN = 75
-"""The exit code that says: a checkpoint is written, run me again."""
+from v4jax.exit_codes import AGAIN
 
 HEARTBEAT = 30
 TIMEOUT = 300

@@ -61,6 +61,14 @@ def test_good_flags_pass_and_the_fixed_come_back_in_one_spelling(write):
     )  # fmt: skip
 
 
+def test_swept_values_come_back_in_one_spelling(write):
+    runs = [run("--learning_rate=1e-3", "--quick"), run("--learning_rate=0.001", "--noquick")]
+    found = describe(write(), Question(swept=["learning_rate", "quick"], runs=runs)).values
+    assert found[0]["learning_rate"] == found[1]["learning_rate"] == "--learning_rate=0.001"
+    assert (found[0]["quick"], found[1]["quick"]) == ("--quick", "--noquick")
+    assert describe(write(), Question(swept=["seed"], runs=[run()])).values == ({},)
+
+
 def test_a_misspelt_flag_gets_a_suggestion(write):
     probe = write()
     assert refusal(probe, swept=["learnin_rate"], runs=[run()]) == (

@@ -141,6 +141,24 @@ def test_equal_settings_keep_the_folder_they_have(tmp_path):
     assert len(read_plan(tmp_path).runs) == 2
 
 
+def test_one_value_has_one_spelling_over_all_starts(tmp_path):
+    def start(*settings):
+        plan = make_plan("x", tmp_path, settings, ["--quick"])
+        return plan.parsed([{flag: str(float(text)) for flag, text in one.items()}
+                            for one in settings])  # fmt: skip
+
+    first = start(
+        {"lr": "1e-3", "seed": "0"}, {"lr": "0.001", "seed": "0"}, {"lr": "1", "seed": "0"}
+    )
+    assert [run.name for run in first.runs] == ["lr=1e-3,seed=0", "lr=1,seed=0"]
+    first.write()
+    again = start({"lr": "0.001", "seed": "0"}, {"lr": "0.0010", "seed": "1"}).write()
+    assert [run.name for run in again.runs] == ["lr=1e-3,seed=0", "lr=1e-3,seed=1"]
+    assert again.runs[1].arguments == ("--quick", "--lr=1e-3", "--seed=1")
+    assert again.runs[1].folder == tmp_path / "lr=1e-3,seed=1"
+    assert read_plan(tmp_path).axes == {"lr": ["1e-3", "1"], "seed": ["0", "1"]}
+
+
 @pytest.mark.parametrize(
     ("experiment", "arguments", "what"),
     [

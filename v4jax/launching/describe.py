@@ -73,14 +73,22 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     fixed = _given(label, question["fixed"], others)
     for name in set(question["swept"]).intersection(fixed):
         raise ValueError(f"--{name}: is in a --sweep too; give it once")
-    columns = []
+    columns, values = [], []
     for arguments in question["runs"]:
         _parse(label, arguments, others)
+        set_here = [name for name in question["swept"] if FLAGS[name].present]
+        values.append({name: "\n".join(_spelled(name)) for name in set_here})
         if question["columns"] and hasattr(module, "describe"):
             columns.append(_columns(module))
     spelled = [line for lines in fixed.values() for line in lines]
     after = list(getattr(module, "AFTER_SWITCH", ()))
-    return {"functions": functions, "fixed": spelled, "columns": columns, "after_switch": after}
+    return {
+        "functions": functions,
+        "fixed": spelled,
+        "values": values,
+        "columns": columns,
+        "after_switch": after,
+    }
 
 
 def _parse(label: str, arguments: list[str], others: list[str]) -> None:
@@ -111,10 +119,15 @@ def _given(label: str, arguments: list[str], others: list[str]) -> dict[str, lis
     for name in sorted(FLAGS):
         flag = FLAGS[name]
         if flag.present and flag.name == name:  # not its short name
-            known = flag.serializer or flag.boolean
-            written = flag.serialize() if known else f"--{name}={flag.value}"
-            given[name] = written.split("\n")
+            given[name] = _spelled(name)
     return given
+
+
+def _spelled(name: str) -> list[str]:
+    """The flag and its value as words of a command line, in one spelling."""
+    flag = FLAGS[name]
+    known = flag.serializer or flag.boolean
+    return (flag.serialize() if known else f"--{name}={flag.value}").split("\n")
 
 
 def _hint(name: str, names: list[str]) -> str:

@@ -111,11 +111,13 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the file said: the functions' settings; `fixed` in one spelling; describe() a run; its
-    AFTER_SWITCH: flags that leave the pre-training as it is."""
+    """What the file said: the functions' settings; `fixed` in one spelling; in one spelling the
+    swept flags of each run; its describe(); AFTER_SWITCH: flags that leave the pre-training as it
+    is."""
 
     functions: dict[str, list[dict[str, str]]]
     fixed: tuple[str, ...]
+    values: tuple[dict[str, str], ...]
     columns: tuple[dict[str, Any], ...]
     after_switch: tuple[str, ...] = ()
 
@@ -145,6 +147,7 @@ def describe(experiment: str, question: Question) -> Answer:
     return Answer(
         answer["functions"],
         tuple(answer["fixed"]),
+        tuple(answer["values"]),
         tuple(answer["columns"]),
         tuple(answer["after_switch"]),
     )

@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from v4jax.exit_codes import AGAIN
 from v4jax.launching.experiments import ROOT
 from v4jax.launching.plan import Run
 from v4jax.launching.resources import COUNT, check_resources
-from v4jax.launching.run_folder import AGAIN
 
 PORT = 8476  # of the coordinator
 WEEK = 7 * 86400  # for so long, an ended JobSet can be looked at

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Run:
     folder: Path
     settings: dict[str, str]  # flag -> value, what the sweep set
     arguments: tuple[str, ...]
+    values: Mapping[str, str] = dataclasses.field(default_factory=dict)  # `settings` as parsed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,25 @@ class Plan:
     def share(self, one: Run, other: Run) -> bool:
         """Whether the two have one pre-training, which the second may copy from the first."""
         first, second = (
-            {flag: value for flag, value in run.settings.items() if flag not in self.after_switch}
+            {setting for setting in _key(run) if setting[0] not in self.after_switch}
             for run in (one, other)
         )
         return bool(self.after_switch) and first == second
+
+    def parsed(self, values: Sequence[Mapping[str, str]]) -> Plan:
+        """This plan with the `values` that every run's settings mean to the experiment.
+
+        1e-3 and 0.001 mean the same: the first spelling stands for all, and of equal runs there is
+        one.
+        """
+        runs = (
+            dataclasses.replace(run, values=dict(own))
+            for run, own in zip(self.runs, values, strict=True)
+        )
+        return self._with(_unique(runs))
+
+    def _with(self, runs: Sequence[Run]) -> Plan:
+        return dataclasses.replace(self, runs=tuple(runs), axes=_axes(runs))
 
     def settled(self) -> Plan:
         """This plan with the names that an earlier start in its folder gave to equal settings.
@@ -78,9 +94,8 @@ class Plan:
                 f"--workdir={self.workdir}: its sweep has {before_all}, this one {now_all}; give "
                 "the same flags, or another folder"
             )
-        old = {_key(run.settings): run for run in stored.runs}
-        runs = tuple(old.get(_key(run.settings), run) for run in self.runs)
-        return dataclasses.replace(self, runs=runs)
+        known = {_key(run): run for run in _unique([*stored.runs, *self.runs])}
+        return self._with([known[_key(run)] for run in self.runs])
 
     def write(self) -> Plan:
         """Adds the runs to sweep.json of the folder, which it makes; returns `settled()`.
@@ -121,12 +136,8 @@ def make_plan(
             "may be in a bucket"
         )
     folder = Path(os.path.abspath(workdir))
-    runs: dict[frozenset[tuple[str, str]], Run] = {}
-    for setting in settings:
-        flags = [f"--{flag}={value}" for flag, value in setting.items()]
-        run = _run(folder, run_name(setting), dict(setting), [*arguments, *flags])
-        runs.setdefault(_key(setting), run)
-    unique = tuple(runs.values())
+    runs = (_run(folder, run_name(one), dict(one), [*arguments, *_flags(one)]) for one in settings)
+    unique = tuple(_unique(runs))
     return Plan(experiment, folder, unique, _axes(unique))
 
 
@@ -188,8 +199,37 @@ def _run(workdir: Path, name: str, settings: dict[str, str], arguments: Sequence
     return Run(name, workdir / name, settings, tuple(arguments))
 
 
-def _key(settings: Mapping[str, str]) -> frozenset[tuple[str, str]]:
-    return frozenset(settings.items())
+def _flags(settings: Mapping[str, str]) -> list[str]:
+    return [f"--{flag}={value}" for flag, value in settings.items()]
+
+
+def _key(run: Run) -> frozenset[tuple[str, str]]:
+    """What makes two runs of a sweep the same."""
+    return frozenset((run.values or run.settings).items())
+
+
+def _unique(runs: Iterable[Run]) -> list[Run]:
+    """The first of all equal runs, each value in the first spelling that it has among all runs."""
+    first: dict[tuple[str, str], str] = {}
+    unique: dict[frozenset[tuple[str, str]], Run] = {}
+    for run in runs:
+        if _key(run) in unique:
+            continue
+        settings = {
+            flag: first.setdefault((flag, run.values.get(flag, text)), text)
+            for flag, text in run.settings.items()
+        }
+        if settings != run.settings:
+            common = run.arguments[: len(run.arguments) - len(settings)]
+            run = dataclasses.replace(
+                run,
+                name=run_name(settings),
+                folder=run.folder.with_name(run_name(settings)),
+                settings=settings,
+                arguments=(*common, *_flags(settings)),
+            )
+        unique[_key(run)] = run
+    return list(unique.values())
 
 
 def _axes(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -213,7 +253,12 @@ def _to_json(plan: Plan) -> bytes:
         "fixed": plan.fixed,
         "axes": list(_axes(plan.runs).items()),  # pairs: sorted keys would lose their order
         "runs": [
-            {"name": run.name, "settings": run.settings, "arguments": run.arguments}
+            {
+                "name": run.name,
+                "settings": run.settings,
+                "arguments": run.arguments,
+                "values": dict(run.values),
+            }
             for run in plan.runs
         ],
     }
@@ -225,7 +270,8 @@ def _from_json(folder: Path, kept: Mapping[str, Any]) -> Plan:
     runs = []
     for run in kept["runs"]:
         settings = {flag: run["settings"][flag] for flag in axes if flag in run["settings"]}
-        runs.append(_run(folder, run["name"], settings, run["arguments"]))
+        read = _run(folder, run["name"], settings, run["arguments"])
+        runs.append(dataclasses.replace(read, values=run.get("values", {})))
     return Plan(kept["experiment"], folder, tuple(runs), axes, tuple(kept["fixed"]))
 
 

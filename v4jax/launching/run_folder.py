@@ -24,13 +24,10 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
+from v4jax.exit_codes import DONE, REFUSED
 from v4jax.launching.experiments import ROOT
 from v4jax.launching.processes import MARK
 from v4jax.training.files import write_whole
-
-DONE, REFUSED, AGAIN = 0, 2, 75
-"""Exit codes with a meaning: done; bad input, which trying again cannot help; a checkpoint is
-written, run me again. All others are failures."""
 
 STATES = ("pending", "running", "done", "failed", "preempted")
 
@@ -55,6 +52,25 @@ class State:
     executor: str | None = None
     job: str | None = None
     error: str | None = None
+
+    def ended(self, code: int | None, *, interrupted: bool, retries: int, error: str = "") -> State:
+        """The state after an attempt that ended with `code`, negative for a signal, None: unknown.
+
+        A failed run is `pending` again up to `retries` times; not after bad input, and not one that
+        was `interrupted`: that is no failure. error: the last lines of the log, kept of a failure.
+        """
+        failed = code != DONE and not interrupted
+        failures = self.failures + failed
+        again = failed and code != REFUSED and failures <= retries
+        after = "pending" if again else "failed" if failed else "preempted"
+        return dataclasses.replace(
+            self,
+            state="done" if code == DONE else after,
+            failures=failures,
+            exit=code,
+            finished=now(),
+            error=error if failed else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

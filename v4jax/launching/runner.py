@@ -17,19 +17,11 @@ import sys
 import time
 from typing import Any, Protocol
 
+from v4jax.exit_codes import AGAIN
 from v4jax.launching import claim, experiments, signals
 from v4jax.launching.display import Display, display, summary
 from v4jax.launching.plan import Plan, Run
-from v4jax.launching.run_folder import (
-    AGAIN,
-    DONE,
-    REFUSED,
-    Command,
-    RunFolder,
-    State,
-    ending,
-    now,
-)
+from v4jax.launching.run_folder import Command, RunFolder, State, ending, now
 from v4jax.launching.status import look, read_progress
 
 POLL = 0.2
@@ -254,14 +246,15 @@ class _Loop:
         if not going.claim.beat():
             self.lost(going)
             return
-        state = dataclasses.replace(going.state, exit=code, finished=now(), state="done")
-        if code == AGAIN and self.is_further(going.run):
-            state = dataclasses.replace(state, state="preempted")
+        interrupted = code == AGAIN and self.is_further(going.run)
+        error = going.folder.tail() or _no_output(going.folder)
+        state = going.state.ended(code, interrupted=interrupted, retries=self.retries, error=error)
+        if state.state == "preempted":
             self.waiting.appendleft(going.run)
-        elif code != DONE:
-            state = self.failed(going, state)
-            if state.state == "pending":
-                self.waiting.append(going.run)
+        elif state.state == "pending":
+            self.waiting.append(going.run)
+        if state.error is not None:
+            self.show_failure(going, state)
         going.folder.write_state(state)
         going.claim.release()
 
@@ -274,20 +267,14 @@ class _Loop:
         self.fruitless[run.name] += 1
         return self.fruitless[run.name] <= FRUITLESS
 
-    def failed(self, going: _Going, state: State) -> State:
-        """The state after a failure, which is shown: pending if it is tried again."""
-        failures = state.failures + 1
-        tries = failures <= self.retries and state.exit != REFUSED
-        error = going.folder.tail() or _no_output(going.folder)
+    def show_failure(self, going: _Going, state: State) -> None:
+        again = f", trying again ({state.failures} of {self.retries})"
         what = f"{going.run.name}: {ending(state.exit or 0)}"
-        what += f", trying again ({failures} of {self.retries})" if tries else ", given up"
+        what += again if state.state == "pending" else ", given up"
         if state.exit == AGAIN:
             what += f"; it asked {FRUITLESS} times to be started again and made no step"
-        lines = "".join(f"\n    {line}" for line in error.splitlines())
+        lines = "".join(f"\n    {line}" for line in (state.error or "").splitlines())
         self.show.note(f"{what}; the end of {going.folder.log}:{lines}")
-        return dataclasses.replace(
-            state, state="pending" if tries else "failed", failures=failures, error=error
-        )
 
     def beat(self, going: _Going) -> None:
         if time.monotonic() - going.beaten < claim.BEAT:
@@ -311,12 +298,7 @@ class _Loop:
             list(pool.map(lambda going: self.executor.stop(going.handle), self.going))
         for going in self.going:
             code = self.executor.poll(going.handle)
-            state = dataclasses.replace(
-                going.state,
-                state="done" if code == DONE else "preempted",
-                exit=code,
-                finished=now(),
-            )
+            state = going.state.ended(code, interrupted=True, retries=0)
             with contextlib.suppress(OSError):  # without it, the run counts as lost: it goes on
                 if going.claim.beat():
                     going.folder.write_state(state)

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from v4jax.launching.run_folder import AGAIN
+from v4jax.exit_codes import AGAIN
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": AGAIN, "SIGHUP": 129}
 """The launcher's exit code after each. SIGTERM is how schedulers pre-empt: run me again."""

@@ -27,11 +27,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from v4jax.exit_codes import AGAIN
 from v4jax.launching import claim, experiments, slurm_script
 from v4jax.launching.asking import ask
 from v4jax.launching.experiments import ROOT
 from v4jax.launching.plan import Plan, Run
-from v4jax.launching.run_folder import AGAIN, Command, RunFolder
+from v4jax.launching.run_folder import Command, RunFolder
 from v4jax.launching.slurm_script import files, job_name
 from v4jax.training.files import write_whole
 

@@ -22,8 +22,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from v4jax.exit_codes import AGAIN, DONE
 from v4jax.launching import claim
-from v4jax.launching.run_folder import AGAIN, DONE, REFUSED, Command, RunFolder, ending, now
+from v4jax.launching.run_folder import Command, RunFolder, ending, now
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -103,21 +104,11 @@ def _attempts(
             return 1
         # 143 without a signal to this process: Slurm ends the tasks, of a run that does not save.
         interrupted = bool(stopped) or code in (AGAIN, TERMINATED)
-        failed = code != DONE and not interrupted
-        failures = state.failures + failed
-        retry = failed and code != REFUSED and failures <= retries
-        name = "done" if code == DONE else "preempted" if interrupted else "failed"
-        state = dataclasses.replace(
-            state,
-            state="pending" if retry else name,
-            failures=failures,
-            exit=code if code <= 128 else 128 - code,
-            finished=now(),
-            error=folder.tail() if failed else None,
-        )
+        signed = code if code <= 128 else 128 - code
+        state = state.ended(signed, interrupted=interrupted, retries=retries, error=folder.tail())
         folder.write_state(state)
-        print(f"{now()} {folder.path.name}: {state.state}, {ending(state.exit or 0)}", flush=True)
-        if not retry:
+        print(f"{now()} {folder.path.name}: {state.state}, {ending(signed)}", flush=True)
+        if state.state != "pending":
             return AGAIN if code == TERMINATED and not stopped else code
 
 

@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from v4jax.exit_codes import REFUSED
+
 
 def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
     """Parses the flags and calls `main`. Wrong input ends in one line and exit code 2; training
@@ -19,9 +21,7 @@ def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
     def parsed(argv: list[str]) -> None:
         values = flags.FLAGS
         if values.quick:
-            for name, value in quick.items():
-                if values[name].using_default_value:
-                    values[name].value = value
+            shrink(quick)
             compile_quickly()
         if not values["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
@@ -32,6 +32,13 @@ def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
             _run(main)
 
     app.run(parsed, flags_parser=_parse)
+
+
+def shrink(quick: Mapping[str, Any]) -> None:
+    """Sets the flags of `quick` that the user did not set."""
+    for name, value in quick.items():
+        if flags.FLAGS[name].using_default_value:
+            flags.FLAGS[name].value = value
 
 
 def _run(main: Callable[[], None]) -> None:
@@ -60,7 +67,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _refuse(error: Exception) -> NoReturn:
     print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(REFUSED)
 
 
 flags.DEFINE_bool("traceback", False, "[run] Show where an error arose, not just what it is.")
