@@ -13,7 +13,7 @@ EXTRAS ?= dev
 ENVIRONMENT := tools/environment.sh make
 PYTEST := .venv/bin/python -m pytest --durations=10
 
-.PHONY: help demo test test-interop test-aot lint lock clean venv venv-interop venv-aot
+.PHONY: help demo test test-slow test-interop test-aot lint lock clean venv venv-interop venv-aot
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' Makefile
@@ -21,15 +21,17 @@ help: ## list the targets
 demo: venv ## pre-train in BF16, switch to FP4, compare: 13 minutes on two slow cores, result in runs/demo
 	.venv/bin/python launch.py --experiment=bf16_to_fp4 --workdir=$(WORKDIR) $(ARGS)
 
-# With ARGS one run of all, since a selection (ARGS="-k sinkhorn") may leave a stage without a test.
-test: venv ## every test but the next two's: the fast, the slow, those that measure time
+# With ARGS one run of all, slow ones too: a selection (ARGS="-k sinkhorn") says what it wants.
+test: venv ## every test that is fast
 ifeq ($(strip $(ARGS)),)
 	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not alone"
-	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "slow and not alone"
-	$(PYTEST) -m alone
 else
 	$(PYTEST) $(ARGS)
 endif
+
+test-slow: venv ## the others: trainings, kills, sweeps, a Slurm, notebooks, what measures time
+	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "slow and not alone"
+	$(PYTEST) -m alone
 
 test-interop: venv-interop ## parity with transformers, in an environment with torch of its own
 	.venv-interop/bin/python -m pytest --durations=10 tests/interop $(ARGS)

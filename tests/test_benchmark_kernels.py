@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,6 +27,7 @@ def launch(*arguments, code: str = "pass") -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_quick(tmp_path):
     run = launch(f"--output={tmp_path}")
     assert run.returncode == 0, run.stderr

@@ -14,6 +14,8 @@ from v4jax import presets
 from v4jax.config import CSA, HCA, SLIDING, CompressRates
 from v4jax.model import Transformer
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dataclasses.replace(
     presets.nano(64),
     hidden_size=32,

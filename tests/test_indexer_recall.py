@@ -107,6 +107,7 @@ def test_wrong_input_is_one_line(tmp_path, flag):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_other_text_and_unfinished_runs_are_refused(runs, tmp_path):
     text, folder = runs
     for i in range(60):

@@ -22,6 +22,8 @@ from v4jax.numerics import Packed, bytes_of
 from v4jax.packing import expert_arrays, pack_experts
 from v4jax.quantization import PAPER, PARTS, Quantization, quantized
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = Quantization((PARTS["routed experts"],))
 CONFIGS = {
     "unrolled": tiny.model(),

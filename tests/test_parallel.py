@@ -52,6 +52,7 @@ def test_unknown_and_colliding_axes_are_refused_in_one_line():
         parallel.partition_spec(variable)
 
 
+@pytest.mark.slow
 def test_a_model_sharded_over_eight_devices_computes_what_one_device_does():
     cfg = dataclasses.replace(
         presets.nano(64),

@@ -253,6 +253,7 @@ def test_a_quantized_model_is_a_copy(model):
     assert tiny.same_bits(FORWARD(twice, text()), rounded)
 
 
+@pytest.mark.slow
 def test_ptq_and_qat_are_one_forward_pass(model):
     """On the same masters: `quantized`, the evaluation, and weights rounded on their way, bit for
     bit; so PTQ - QAT is what training did."""

@@ -159,6 +159,7 @@ def test_what_is_written(in_turn, tmp_path):
 # ---- cases ----
 
 
+@pytest.mark.slow
 def test_cases_of_a_cpu_compute_the_same(in_turn):
     """Sides of a case agree, but for FP4 and for what a dense product stands for."""
     for one in kernel_cases.cpu_cases(quick=True):

@@ -136,6 +136,7 @@ def test_more_entries_than_a_block():
     check((q, k, w, first, end), 64, "bfloat16")
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=15)
 @hypothesis.given(st.integers(0, 2**16), st.integers(0, 4), st.integers(1, 64))
 def test_any_ranges(seed, spread, width):

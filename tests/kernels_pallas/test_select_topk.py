@@ -58,6 +58,7 @@ _run = jax.jit(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.lists(st.lists(st.sampled_from(VALUES), min_size=7, max_size=7), min_size=3, max_size=3),
@@ -129,6 +130,7 @@ def test_none_takes_the_faster_one():
         check(np.random.default_rng(0).standard_normal((3, 300)).astype(np.float32), k, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_transformations(implementation):
     """Any leading axes; vmap, scan and remat; no gradient."""

@@ -113,6 +113,7 @@ def model_of(form: str, **changes) -> Transformer:
     return Transformer(cfg, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["sparse", "dense, traced", "sparse, traced"])
 def test_the_model_does_not_depend_on_the_form(dense):
     """Logits, index losses and every gradient, over packed samples."""

@@ -340,6 +340,7 @@ def test_describe_lists_every_leaf():
 # ---- The update ----
 
 
+@pytest.mark.slow
 def test_every_leaf_follows_the_reference_over_several_steps():
     assert_follows_reference(tuple(EXPECTED))
 

@@ -432,6 +432,7 @@ def operand_types(found) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_with_float32_masters(start, strong_index):
     assert operand_types(traced(CONFIG, NO_QUANTIZATION)[0]) == {"float32"}
     assert "bfloat16" in operand_types(traced(CONFIG, NO_QUANTIZATION, jnp.bfloat16)[0])
