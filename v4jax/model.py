@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from v4jax import parallel
 from v4jax.config import ModelConfig
 from v4jax.layers.block import Block
 from v4jax.layers.context import UNROUNDED, Context, make_context
@@ -113,7 +114,9 @@ class Transformer(nnx.Module):
             collect=collect,
         )
         # Cast after the gather: its transpose sums the gradient of a token's row in float32.
-        embedded = self.embed_tokens.weight[...][tokens].astype(self.dtype)
+        embedded = parallel.over_rows(
+            lambda table, tokens: table[tokens], self.embed_tokens.weight[...], tokens
+        ).astype(self.dtype)
         streams = (embedded,) * self.config.hc_mult
         layers_aux = []
         for block in self.layers:

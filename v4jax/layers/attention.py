@@ -21,6 +21,7 @@ from flax import nnx
 
 from kernels_pallas import select_topk
 from kernels_pallas.visibility import is_visible
+from v4jax import parallel
 from v4jax.config import CSA, SLIDING, ModelConfig
 from v4jax.layers import indexer, rope
 from v4jax.layers.compressor import Compressor
@@ -102,7 +103,8 @@ class Attention(nnx.Module):
                 o, loss = jax.lax.cond(dense, jax.checkpoint(every), gathered)
         else:
             scores = indexer.scores(operands, ctx)
-            mask = select_topk(scores, cfg.index_topk, output="mask")
+            best = functools.partial(select_topk, top_k=cfg.index_topk, output="mask")
+            mask = parallel.over_rows(lambda _, scores: best(scores), None, scores)
             mask |= is_visible(*seen, entries) & dense
             o, loss = over(mask, scores, mask)
         aux: dict[str, Any] = {"index_loss": loss}

@@ -12,11 +12,14 @@ to BF16. No gradient of the language-model loss passes the selection; the indexe
 `index_loss`, whose teacher is the attention that its layer really computes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import kernels_pallas
+from v4jax import parallel
 from v4jax.config import CSA, ModelConfig
 from v4jax.layers import rope
 from v4jax.layers.compressor import Compressor
@@ -57,8 +60,11 @@ class Indexer(Compressor):
 def scores(operands: Operands, ctx: Context) -> jax.Array:
     """Scores float32 [B, T, C] of every entry, -inf where it is not visible; see the module."""
     q, k, w, fmt = _rotated(operands, ctx.index_formats)
-    found = kernels_pallas.index_scores(
-        q, k, w, ctx.windows[CSA].rate, ctx.segment_ids, qk_format=fmt
+    of_rows = functools.partial(
+        kernels_pallas.index_scores, ratio=ctx.windows[CSA].rate, qk_format=fmt
+    )
+    found = parallel.over_rows(
+        lambda _, q, k, w, ids: of_rows(q, k, w, segment_ids=ids), None, q, k, w, ctx.segment_ids
     )
     return _rounded(found, ctx.index_formats)
 
@@ -69,16 +75,16 @@ def select(operands: Operands, ctx: Context, top_k: int) -> jax.Array:
     The lowest of equal scores are taken; -0 and +0 are equal. No gradient.
     """
     q, k, w, fmt = _rotated(operands, ctx.index_formats)
-    return kernels_pallas.index_select(
-        q,
-        k,
-        w,
-        top_k,
-        ctx.windows[CSA].rate,
-        ctx.segment_ids,
+    of_rows = functools.partial(
+        kernels_pallas.index_select,
+        top_k=top_k,
+        ratio=ctx.windows[CSA].rate,
         qk_format=fmt,
         score_dtype=jnp.bfloat16 if ctx.index_formats.scores == "bf16" else jnp.float32,
         output="ascending",
+    )
+    return parallel.over_rows(
+        lambda _, q, k, w, ids: of_rows(q, k, w, segment_ids=ids), None, q, k, w, ctx.segment_ids
     )
 
 
