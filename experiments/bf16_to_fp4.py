@@ -158,7 +158,7 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     from v4jax.analysis import comparison, provenance
     from v4jax.analysis.evaluation import Evaluator
     from v4jax.analysis.report import summary, write_report
-    from v4jax.distributed import is_main, say
+    from v4jax.distributed import end_if_preempted, is_main, say
     from v4jax.training import run, switch
     from v4jax.training.context_models import ContextModels
     from v4jax.training.corpus import load_corpus, split
@@ -173,9 +173,11 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     say(corpus.description)
     train_part, held_out = split(corpus)
     tokenizer = get_tokenizer(TOKENIZER.value, train_part, VOCAB_SIZE.value, ".cache/text")
+    end_if_preempted("before the corpus was tokenized")
     dataset = Dataset.build(train_part.documents, tokenizer, ".cache/text")
     windows = evaluation_windows(held_out.documents, tokenizer, LENGTH.value, EVAL_WINDOWS.value)
 
+    end_if_preempted("before training")
     config = configure(tokenizer.vocab_size, dataset.hash, seed)
     share = parallel.share(mesh)
     batches = dataset.batches(config.sequence_length, config.batch_size, seed, *share)
@@ -196,8 +198,10 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     report = comparison.compare(Evaluator(trainer.program, windows, 2 * BATCH_SIZE.value), arms)
     context = ContextModels.fit([text.encode() for _, text in train_part.documents])
     report["bits_per_byte"] |= context.bits_per_byte(windows.covered(held_out.documents))
+    end_if_preempted("before the continuations")
     report["seconds_per_step"] = seconds | {"phases": comparison.phase_seconds(arms)}
     report["continuation"] = comparison.continuations(trainer, arms, held_out.documents)
+    end_if_preempted("before the report was written")
     report["what"] = provenance.what(trainer, arms, windows, corpus) | {
         "experiment": NAME,
         "command": shlex.join(["python", "launch.py", f"--experiment={NAME}", *sys.argv[1:]]),

@@ -21,7 +21,9 @@ def collectives(text: str) -> list[Collective]:
         if made:
             shapes = re.findall(r"\w\[([\d,]*)\]", made[1])
             found.append(
-                Collective(made[2], tuple(tuple(map(int, s.split(","))) if s else () for s in shapes))
+                Collective(
+                    made[2], tuple(tuple(map(int, s.split(","))) if s else () for s in shapes)
+                )
             )
     return found
 

@@ -176,3 +176,11 @@ def test_errors_alone_pass_through_and_pre_emption_exits_with_75(capsys):
 def test_the_exit_code_of_an_uncaught_pre_emption():
     program = "from v4jax import distributed; raise distributed.Preempted('saved')"
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 75
+
+
+def test_between_trainings_a_sigterm_ends_the_run(monkeypatch):
+    distributed.end_if_preempted("now")
+    monkeypatch.setattr(distributed, "preempted", lambda: True)
+    with pytest.raises(distributed.Preempted) as caught:
+        distributed.end_if_preempted("while waiting")
+    assert caught.value.code == 75 and caught.value.message.startswith("SIGTERM, while waiting; ")

@@ -11,8 +11,10 @@
 Pre-emption goes through JAX's own service, which takes SIGTERM from then on: `preempted` turns True
 on all processes at the same step, the run saves and raises `Preempted`, and the exit code is 75. A
 process alone has the same where asked (`preemptible`, V4JAX_PREEMPTIBLE=1) and inside srun. Between
-training steps, while the data is read or the arms are compared, SIGTERM then ends nothing:
-who sends it must be ready to send SIGKILL, which loses what came after the last checkpoint.
+trainings there is nothing to save: `end_if_preempted`, called between the phases of an experiment
+and in the loops of its evaluation, ends the run with 75 too. In between, while a corpus is read,
+a tokenizer is trained or a program is compiled, SIGTERM waits for the next call or step. Who
+sends it must be ready to send SIGKILL, which loses what came after the last checkpoint.
 
 A process that dies takes the others with it, at once where it was the first one, else within the
 heartbeat (V4JAX_HEARTBEAT_SECONDS, default 30): JAX aborts them, with SIGABRT and a line that says
@@ -265,14 +267,24 @@ _calls = itertools.count(1)
 def preempted() -> bool:
     """Whether to save and end now: a SIGTERM has come, to any process.
 
-    All processes must call it after every step; it turns True on all of them at the same call.
-    JAX compares a count of calls, not the run's step, which starts anew with each arm.
+    All processes must call it after every step; it turns True on all of them at the same call, and
+    at that one alone. JAX compares a count of calls, not the run's step, which starts anew with
+    each arm. The count is of the calls of `end_if_preempted` too.
     """
     if not jax.distributed.is_initialized() or not _service_runs():
         return False
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.reached_preemption_sync_point(next(_calls)))
+
+
+def end_if_preempted(what: str) -> None:
+    """Raises `Preempted` where a SIGTERM has come and nothing is to be saved.
+
+    what: what is being done, for the message. All processes must call it equally often.
+    """
+    if preempted():
+        raise Preempted(f"SIGTERM, {what}; the same command goes on")
 
 
 def _service_runs() -> bool:

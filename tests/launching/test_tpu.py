@@ -1,5 +1,6 @@
 """The commands for Cloud TPU VMs: they are printed, so what a shell makes of them is tested."""
 
+import os
 import shlex
 import subprocess
 
@@ -7,6 +8,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from v4jax import distributed
 from v4jax.launching.plan import make_plan
 from v4jax.launching.tpu import Tpu
 
@@ -34,10 +36,24 @@ def test_the_commands_are_these():
         f"--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e {where} --spot "
         "--valid-until-duration=6h\n"
         f"gcloud compute tpus tpu-vm ssh {name} {where} --worker=all "
-        "'--command=pip install ./v4jax[tpu] && cd v4jax && python launch.py "
-        "--experiment=bf16_to_fp4 --steps=9 --seed=1 --workdir=gs://me/runs/switch/seed=1'\n"
+        "'--command=pip install ./v4jax[tpu] && cd v4jax && V4JAX_DETECT_PROCESSES=1 "
+        "python launch.py --experiment=bf16_to_fp4 --steps=9 --seed=1 "
+        "--workdir=gs://me/runs/switch/seed=1'\n"
         f"gcloud compute tpus queued-resources delete {name} {where} --force --quiet\n"
     )
+
+
+def test_hosts_are_told_to_look_for_each_other():
+    """By the variable that `v4jax.distributed` reads, in the environment of what runs there."""
+    ssh = shlex.split(Tpu(NEEDED, 1).preview(plan_of(seed="1")).split("\n")[2])
+    host = ssh[-1].removeprefix("--command=")
+    program = f"cd() {{ :; }}; python() {{ env; }}\n{host}"
+    shown = subprocess.run(
+        ["bash", "-c", program], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
+    ).stdout
+    environ = dict(line.split("=", 1) for line in shown.splitlines())
+    assert distributed.arguments(environ) is not None
+    assert distributed.arguments({}) is None
 
 
 @hypothesis.given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))

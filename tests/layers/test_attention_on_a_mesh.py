@@ -65,7 +65,9 @@ def test_a_layer_on_a_mesh_exchanges_weights_alone_and_learns_the_same(form):
     alone, arguments = compiled(form, None)
     spread, placed = compiled(form, parallel.make_mesh("data=2,fsdp=4"))
     with jax.default_matmul_precision("highest"):
-        expected, found = (jax.tree.leaves(f(*a)) for f, a in ((alone, arguments), (spread, placed)))
+        expected, found = (
+            jax.tree.leaves(f(*a)) for f, a in ((alone, arguments), (spread, placed))
+        )
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1e-3))
     exchanged = collectives(spread.as_text())

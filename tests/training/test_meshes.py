@@ -1,14 +1,14 @@
-"""Data parallel and FSDP over eight devices train as one device does, and gather no tokens."""
+"""Data parallel and FSDP over eight devices train as one device does, and exchange no tokens."""
 
 from __future__ import annotations
 
 import functools
-import re
 
 import jax
 import numpy as np
 import pytest
 
+from tests.collectives import collectives, of_tokens
 from tests.jax_model import quick_jit
 from tests.training import meshed, tiny
 from v4jax import parallel
@@ -84,39 +84,39 @@ def test_parameters_and_optimizer_state_stay_spread_over_fsdp():
     assert embedding.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
 
 
-def of_tokens(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Those that hold vectors of tokens: FSDP gathers one array of a number a token."""
-    return [shape for shape in shapes if TOKENS & set(shape) and shape[-1] > 1]
-
-
-def gathered(text: str) -> list[tuple[int, ...]]:
-    """Shapes of the results of all-gathers in compiled HLO.
-
-    FSDP has two all-to-alls of tokens beside them, at the embedding, whose table is split along D.
-    """
-    found = []
-    for line in text.splitlines():
-        made = re.search(r"= (.*?) all-gather(?:-start)?\(", line)
-        for shape in re.findall(r"\[([\d,]+)\]", made[1]) if made else []:
-            found.append(tuple(map(int, shape.split(","))))
-    return found
-
-
-TOKENS = {meshed.LENGTH, meshed.LENGTH + 1, 8 * meshed.LENGTH, 8 * meshed.LENGTH * 2}
-"""Axes that arrays of tokens have, and no parameter: rows, all rows' tokens, and their experts."""
+def matrices(trainer) -> set[tuple[int, ...]]:
+    """The last two axes of each parameter, in order of size."""
+    shapes = (x.shape for x in jax.tree.leaves(trainer.params))
+    return {tuple(sorted(shape[-2:])) for shape in shapes if len(shape) > 1}
 
 
 @pytest.mark.parametrize(
     ("text", "quantization"), [*((text, NO_QUANTIZATION) for text in MESHES), (MESHES[1], PAPER)]
 )
-def test_no_tokens_are_gathered(text, quantization):
-    shapes = gathered(on(text).step(quantization).as_text())
-    assert bool(shapes) == ("fsdp" in text)  # parameters are
-    assert not of_tokens(shapes)
+def test_weights_and_gradients_are_exchanged_and_nothing_of_a_token(text, quantization):
+    """Copies add up gradients, counts and scalars. FSDP gathers parameters beside that, and Muon
+    makes of matrices split along an axis whole ones."""
+    trainer = on(text)
+    found = collectives(trainer.step(quantization).as_text())
+    assert not of_tokens(found, *LENGTHS), of_tokens(found, *LENGTHS)
+    kinds = {one.kind for one in found}
+    if "fsdp" not in text:
+        assert kinds == {"all-reduce"}
+        return
+    assert kinds == {"all-reduce", "all-gather", "all-to-all"}
+    for one in found:
+        if one.kind == "all-gather":
+            known = matrices(trainer)
+            assert all(tuple(sorted(shape[-2:])) in known for shape in one.shapes), one
 
 
-def test_the_check_sees_gathered_tokens(monkeypatch):
-    """Without the map over rows the experts' sort does gather them."""
+LENGTHS = (meshed.LENGTH, meshed.LENGTH + 1, meshed.LENGTH // 4)
+"""Of a row's tokens, with the one to predict, and of its entries."""
+
+
+def test_the_check_sees_exchanged_tokens(monkeypatch):
+    """Without the map over rows the experts' sort gathers some, and the embedding exchanges all."""
     monkeypatch.setattr(parallel, "over_rows", lambda f, shared, *arrays: f(shared, *arrays))
-    shapes = gathered(meshed.trainer(parallel.make_mesh("data=8")).step(NO_QUANTIZATION).as_text())
-    assert of_tokens(shapes), shapes
+    trainer = meshed.trainer(parallel.make_mesh(MESHES[1]))
+    found = of_tokens(collectives(trainer.step(NO_QUANTIZATION).as_text()), *LENGTHS)
+    assert {one.kind for one in found} >= {"all-gather", "all-to-all"}, found

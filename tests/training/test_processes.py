@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow
 class Group:
     """The processes of one run, started. They end with the test."""
 
+    worker = "tests.training.process_worker"
+
     def __init__(self, folder: Path, count: int, stop: int, pause: float = 0.0, **environ: str):
         port = distributed.free_port()
         self.logs = [folder.with_name(f"{folder.name}.{i}.log") for i in range(count)]
@@ -38,7 +40,7 @@ class Group:
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "V4JAX_HEARTBEAT_SECONDS": str(HEARTBEAT),
             } | environ  # fmt: skip
-            command = ["tests.training.process_worker", str(folder), str(stop), str(pause)]
+            command = [self.worker, str(folder), str(stop), str(pause)]
             with open(log, "w") as file:
                 self.processes.append(
                     subprocess.Popen(
@@ -141,6 +143,24 @@ def test_sigterm_saves_on_all_and_the_rerun_is_bit_identical(one, two, tmp_path,
     assert 2 <= step < STOP
     finish(folder, count)
     assert_same(folder, (one, two)[count - 1])
+
+
+class Evaluations(Group):
+    worker = "tests.training.evaluation_worker"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_ends_an_evaluation(tmp_path, count):
+    """At one batch on all processes, though nothing else keeps them together."""
+    with Evaluations(tmp_path / "run", count, 100, 0.05) as group:
+        for i in range(count):
+            group.follow(i, "evaluation 2")
+        group.processes[-1].terminate()
+        started = time.monotonic()
+        assert group.end() == [75] * count, group.said()
+        assert time.monotonic() - started < 20
+    text = "SIGTERM, during the evaluation; the same command goes on"
+    assert [log.read_text().count(text) for log in group.logs] == [1, 0][:count]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

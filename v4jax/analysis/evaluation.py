@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from v4jax import distributed
 from v4jax.analysis import recall
 from v4jax.layers.context import IndexFormats
 from v4jax.numerics import MXFP4
@@ -32,6 +33,7 @@ class Evaluator:
         """Padded batches of the first `count` windows, and how many rows of each are real."""
         tokens, mask = self.windows.tokens[:count], self.windows.mask[:count]
         for start in range(0, len(tokens), self.batch_size):
+            distributed.end_if_preempted("during the evaluation")
             rows, real = (
                 tokens[start : start + self.batch_size],
                 mask[start : start + self.batch_size],

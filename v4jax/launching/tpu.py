@@ -1,8 +1,8 @@
 """Runs on Cloud TPU VMs: the commands that start them, printed. Nothing here starts anything.
 
 A queued resource is a TPU slice that one waits for; the run's command then goes to all its hosts,
-and JAX finds its processes by itself. The hosts' disks go with the slice, so a run's folder is in a
-bucket. `kubernetes` has TPU slices of GKE.
+where V4JAX_DETECT_PROCESSES has JAX ask who the others are. The hosts' disks go with the slice, so
+a run's folder is in a bucket. `kubernetes` has TPU slices of GKE.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Tpu:
         workdir = f"{given['bucket'].rstrip('/')}/{plan.workdir.name}/{run.name}"
         started = [*in_image(experiment), *run.arguments, f"--workdir={workdir}"]
         steps = [given["setup"]] if "setup" in given else []
-        steps += [f"cd {given.get('directory', 'v4jax')}", shlex.join(started)]
+        steps.append(f"cd {given.get('directory', 'v4jax')}")
+        steps.append(f"V4JAX_DETECT_PROCESSES=1 {shlex.join(started)}")
         ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *where, "--worker=all"]
         ssh.append(f"--command={' && '.join(steps)}")
         delete = ["gcloud", "compute", "tpus", "queued-resources", "delete", name, *where]

@@ -228,6 +228,7 @@ def alternate_steps(
     states = {name: jax.tree.map(_copy, state) for name in updates}
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for i in range(pairs + 1):
+        distributed.end_if_preempted("while steps were timed")
         batch = trainer.batch(int(state.step) + i)
         for name, update in updates.items():
             start = time.perf_counter()
