@@ -202,8 +202,9 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
 # ---- inside programs ----
 
 
-def over_rows(f: Callable[..., Any], shared: Any, *arrays: jax.Array) -> Any:
-    """f(shared, *arrays), by each device on its own rows of `arrays`, their leading axis.
+def over_rows(f: Callable[..., Any], shared: Any, *arrays: jax.Array | None) -> Any:
+    """f(shared, *arrays), by each device on its own rows of `arrays`, their leading axis; None
+    stays None.
 
     For what the compiler would otherwise gather all rows for: sorts, loops and kernels. Outside
     `jax.set_mesh`, or on a mesh without the batch's axes, the plain call. The results have the

@@ -45,7 +45,10 @@ class Arms:
     folders: dict[str, pathlib.Path]
 
     def on_one_device(self) -> "Arms":
-        """The same, with each state whole on the first device of every process: to compare them."""
+        """The same, with each state whole on the first device of every process: to compare them.
+
+        The comparison knows no mesh: every process makes all of it, and a state must fit a device.
+        """
         control, qat = parallel.on_one_device((self.control, self.qat))
         return dataclasses.replace(self, control=control, qat=qat)
 

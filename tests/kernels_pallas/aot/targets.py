@@ -104,7 +104,7 @@ def vmem_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def devices(target: str) -> Sequence[jax.Device]:
-    """The devices of a small slice of `target`: four chips of a TPU (v7x: 8 devices), one H100."""
+    """The devices of a small slice of `target`: four chips of a TPU (v7x: 8 devices), four H100."""
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}, not one of {', '.join(TARGETS)}")
     modules = _TPU_COMPILER if target in TPUS else _GPU_COMPILER
@@ -132,7 +132,7 @@ def _figures(target: str, compiled: jax.stages.Compiled, seconds: float) -> str:
 def _devices(target: str) -> Sequence[jax.Device]:
     if target in TPUS:
         return topologies.get_topology_desc(_SLICES[target], "tpu").devices
-    options = {"topology": "1x1x1", "target_config": _H100}
+    options = {"topology": "1x1x4", "target_config": _H100}
     return topologies.get_topology_desc(platform="cuda", **options).devices
 
 
