@@ -113,33 +113,42 @@ class Transformer(nnx.Module):
             collect=collect,
         )
         # Cast after the gather: its transpose sums the gradient of a token's row in float32.
-        embedded = self.embed_tokens.weight[...][tokens].astype(self.dtype)
+        with jax.named_scope("embedding"):
+            embedded = self.embed_tokens.weight[...][tokens].astype(self.dtype)
         streams = (embedded,) * self.config.hc_mult
         layers_aux = []
-        for block in self.layers:
-            streams, aux = _remat(self.config, lambda s, b=block: b(s, ctx))(streams)
+        for i, block in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                streams, aux = _remat(self.config, lambda s, b=block: b(s, ctx))(streams)
             layers_aux.append(aux)
         if self.units:
             streams, stacked = self._scan_units(streams, ctx)
             for i in range(self.config.schedule[2]):
                 layers_aux.extend(jax.tree.map(lambda a, i=i: a[i], aux) for aux in stacked)
-        logits = self._logits(self.norm(self.hc_head(streams)))
+        with jax.named_scope("head"):
+            logits = self._logits(self.norm(self.hc_head(streams)))
         mtp_logits, mtp_aux = None, None
         if self.config.num_nextn_predict_layers:
             mtp = _remat(self.config, lambda s: self.mtp(s, embedded, ctx))
-            x, mtp_aux = mtp(streams)
-            mtp_logits = self._logits(x[:, :-1])
+            with jax.named_scope("mtp"):
+                x, mtp_aux = mtp(streams)
+                with jax.named_scope("head"):
+                    mtp_logits = self._logits(x[:, :-1])
         return Output(logits, mtp_logits, {"layers": tuple(layers_aux), "mtp": mtp_aux})
 
     def _scan_units(self, streams, ctx: Context):
-        """Runs the unit `repeats` times; aux: for each of its layers a dict of stacked leaves."""
+        """Runs the unit `repeats` times; aux: for each of its layers a dict of stacked leaves.
+
+        All repeats are traced once, so a scope names a layer's place in the unit.
+        """
         graphdef, state = nnx.split(self.units)
 
         def body(streams, state):
             aux = []
-            for block in nnx.merge(graphdef, state):
+            for i, block in enumerate(nnx.merge(graphdef, state)):
                 run = _remat(self.config, lambda s, b=block: b(s, ctx), scanned=True)
-                streams, block_aux = run(streams)
+                with jax.named_scope(f"unit_{i}"):
+                    streams, block_aux = run(streams)
                 aux.append(block_aux)
             return streams, tuple(aux)
 
