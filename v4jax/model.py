@@ -199,6 +199,11 @@ PARTS = (  # first match wins
 )
 
 
+def part_of(path: str) -> str | None:
+    """The name in PARTS of the leaf at `path`, joined with "/"; None outside of all."""
+    return next((name for name, mark in PARTS if mark in path), None)
+
+
 def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
     """Parameters of each part and the totals, built abstractly."""
     params, biases, _ = nnx.state(abstract_model(cfg), nnx.Param, RouterBias, ...)
@@ -206,7 +211,8 @@ def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
     for state in (params, biases):
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             path = jax.tree_util.keystr(path, simple=True, separator="/")
-            part = next(name for name, mark in PARTS if mark in path)
+            part = part_of(path)
+            assert part is not None
             # A release stores the selection bias as a parameter; T counts the main layers' out.
             if state is params or part == "MTP module":
                 counts[part] += math.prod(leaf.shape)
