@@ -145,7 +145,8 @@ class Transformer(nnx.Module):
 
         def body(streams, state):
             aux = []
-            for i, block in enumerate(nnx.merge(graphdef, state)):
+            blocks: nnx.List[Block] = nnx.merge(graphdef, state)
+            for i, block in enumerate(blocks):
                 run = _remat(self.config, lambda s, b=block: b(s, ctx), scanned=True)
                 with jax.named_scope(f"unit_{i}"):
                     streams, block_aux = run(streams)

@@ -12,7 +12,7 @@ g = o_groups, r_o = o_lora_rank, m the kind's tokens an entry):
     routers                 D E                                                        a layer
     routed experts          3 D F times num_experts_per_tok                            a layer
     shared experts          3 D F                                                      a layer
-    hyper-connections       twice M D (2+M) M + 2 M D + M^2 D; M^2 D + M D at the head
+    hyper-connections       2 (M D (2+M) M + 2 M D + M^2 D), and M^2 D + M D at the head
     head                    D V
     MTP                     D^2 + M D^2, a sliding layer with top-k experts, a stream head, and
                             D V (T-1)/T
