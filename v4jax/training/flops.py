@@ -17,8 +17,8 @@ g = o_groups, r_o = o_lora_rank, m the kind's tokens an entry):
     MTP                     D^2 + M D^2, a sliding layer with top-k experts, a stream head, and
                             D V (T-1)/T
 
-A training step is 3 forward passes: a backward pass has two products for each of the forward's. What
-is not counted: recomputation (`remat`, pieces of attention), sums and elementwise work (norms,
+A training step is 3 forward passes: backwards there are two products for each of the forward's.
+What is not counted: recomputation (`remat`, pieces of attention), sums and elementwise work (norms,
 softmax, Sinkhorn), the optimizer, the dense stage's extra entries, padding. What is counted too
 high: the indexer's inputs have no gradient, which would save a third of its projections; and a row
 of several samples attends to less than one long sample. Recomputation is thus time lost, not work
