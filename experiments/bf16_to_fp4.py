@@ -21,7 +21,7 @@ import time
 from absl import flags
 
 from v4jax.training import command
-from v4jax.training.command import fraction_or_steps
+from v4jax.training.command import fraction_or_steps, step_range
 
 NAME = "bf16_to_fp4"
 string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
@@ -33,6 +33,9 @@ FROM = string("from_checkpoint", None, "[run] <run folder>[@step]: branch off it
 SAVE_EVERY = integer("save_every", 100, "[run] Steps between checkpoints.", 1)
 LOG_EVERY = integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
 TRACKERS = flags.DEFINE_list("trackers", "", "[run] Of wandb, mlflow: beside TensorBoard.")
+PROFILE = string(
+    "profile_steps", None, "[run] 10:15 traces steps 10 to 14 of each phase with them."
+)
 MESH = string("mesh", None, "[devices] data=2,fsdp=4: copies, and parts of the parameters.")
 COORDINATOR = string("coordinator", None, "[devices] host:port of the first of several processes.")
 PROCESSES = integer("num_processes", None, "[devices] Processes of the run. Slurm, TPUs: found.", 1)
@@ -188,7 +191,12 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
         workdir,
         switch_step=resolve_steps("--qat_start", fraction_or_steps("qat_start"), STEPS.value),
         scopes=scopes(),
-        pace=run.Pace(LOG_EVERY.value, SAVE_EVERY.value, trackers=tuple(TRACKERS.value)),
+        pace=run.Pace(
+            LOG_EVERY.value,
+            SAVE_EVERY.value,
+            trackers=tuple(TRACKERS.value),
+            profile=step_range("profile_steps", STEPS.value),
+        ),
         from_checkpoint=FROM.value,
     )
 
@@ -222,6 +230,7 @@ def main():
         raise ValueError("--from_checkpoint: has one seed, so --seeds must be 1")
     if FROM.value and not flags.FLAGS["qat_start"].using_default_value:
         raise ValueError("--qat_start: with --from_checkpoint the switch is at its step; name none")
+    step_range("profile_steps", STEPS.value)  # wrong values end here
     distributed.start(
         coordinator=COORDINATOR.value,
         num_processes=PROCESSES.value,

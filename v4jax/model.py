@@ -114,35 +114,45 @@ class Transformer(nnx.Module):
             collect=collect,
         )
         # Cast after the gather: its transpose sums the gradient of a token's row in float32.
-        embedded = parallel.over_rows(
-            lambda table, tokens: table[tokens], self.embed_tokens.weight[...], tokens
-        ).astype(self.dtype)
+        with jax.named_scope("embedding"):
+            embedded = parallel.over_rows(
+                lambda table, tokens: table[tokens], self.embed_tokens.weight[...], tokens
+            ).astype(self.dtype)
         streams = (embedded,) * self.config.hc_mult
         layers_aux = []
-        for block in self.layers:
-            streams, aux = _remat(self.config, lambda s, b=block: b(s, ctx))(streams)
+        for i, block in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                streams, aux = _remat(self.config, lambda s, b=block: b(s, ctx))(streams)
             layers_aux.append(aux)
         if self.units:
             streams, stacked = self._scan_units(streams, ctx)
             for i in range(self.config.schedule[2]):
                 layers_aux.extend(jax.tree.map(lambda a, i=i: a[i], aux) for aux in stacked)
-        logits = self._logits(self.norm(self.hc_head(streams)))
+        with jax.named_scope("head"):
+            logits = self._logits(self.norm(self.hc_head(streams)))
         mtp_logits, mtp_aux = None, None
         if self.config.num_nextn_predict_layers:
             mtp = _remat(self.config, lambda s: self.mtp(s, embedded, ctx))
-            x, mtp_aux = mtp(streams)
-            mtp_logits = self._logits(x[:, :-1])
+            with jax.named_scope("mtp"):
+                x, mtp_aux = mtp(streams)
+                with jax.named_scope("head"):
+                    mtp_logits = self._logits(x[:, :-1])
         return Output(logits, mtp_logits, {"layers": tuple(layers_aux), "mtp": mtp_aux})
 
     def _scan_units(self, streams, ctx: Context):
-        """Runs the unit `repeats` times; aux: for each of its layers a dict of stacked leaves."""
+        """Runs the unit `repeats` times; aux: for each of its layers a dict of stacked leaves.
+
+        All repeats are traced once, so a scope names a layer's place in the unit.
+        """
         graphdef, state = nnx.split(self.units)
 
         def body(streams, state):
             aux = []
-            for block in nnx.merge(graphdef, state):
+            blocks: nnx.List[Block] = nnx.merge(graphdef, state)
+            for i, block in enumerate(blocks):
                 run = _remat(self.config, lambda s, b=block: b(s, ctx), scanned=True)
-                streams, block_aux = run(streams)
+                with jax.named_scope(f"unit_{i}"):
+                    streams, block_aux = run(streams)
                 aux.append(block_aux)
             return streams, tuple(aux)
 
@@ -193,6 +203,11 @@ PARTS = (  # first match wins
 )
 
 
+def part_of(path: str) -> str | None:
+    """The name in PARTS of the leaf at `path`, joined with "/"; None outside of all."""
+    return next((name for name, mark in PARTS if mark in path), None)
+
+
 def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
     """Parameters of each part and the totals, built abstractly."""
     params, biases, _ = nnx.state(abstract_model(cfg), nnx.Param, RouterBias, ...)
@@ -200,7 +215,8 @@ def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
     for state in (params, biases):
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             path = jax.tree_util.keystr(path, simple=True, separator="/")
-            part = next(name for name, mark in PARTS if mark in path)
+            part = part_of(path)
+            assert part is not None
             # A release stores the selection bias as a parameter; T counts the main layers' out.
             if state is params or part == "MTP module":
                 counts[part] += math.prod(leaf.shape)

@@ -135,6 +135,7 @@ def _format(pattern: str, name: str, site: str):
 _round = jax.jit(fake_quantize, static_argnums=1)  # eager calls share a compilation by shape
 
 
+@jax.named_scope("quantization")
 def quantize_params(params, weights: Mapping[str, Format]):
     """The parameter tree with the chosen leaves fake-quantized, straight-through; others as is."""
 

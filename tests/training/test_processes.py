@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.training import meshed, tiny
+from tests.training.tiny import TIMED
 from v4jax import distributed
 from v4jax.training.checkpoint import Checkpointer
 from v4jax.training.metrics import read_metrics
@@ -83,7 +84,8 @@ def finish(folder: Path, count: int, stop: int = STOP) -> None:
 def lines(folder: Path) -> list[dict]:
     found = [dict(line) for line in read_metrics(folder)]
     for line in found:
-        del line["seconds_per_step"]
+        for name in TIMED:
+            del line[name]
     return found
 
 

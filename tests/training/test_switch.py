@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.training import tiny
+from tests.training.tiny import TIMED
 from v4jax.quantization import NO_QUANTIZATION, PAPER
 from v4jax.training import run_config, switch
 from v4jax.training.metrics import read_metrics
@@ -67,7 +68,7 @@ def first(tmp_path_factory, trainer):
 
 def lines(folder) -> list[dict]:
     return [
-        {key: value for key, value in line.items() if key != "seconds_per_step"}
+        {key: value for key, value in line.items() if key not in TIMED}
         for line in read_metrics(folder)
     ]
 

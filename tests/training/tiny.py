@@ -18,6 +18,8 @@ from v4jax.training.tokenizer import Tokenizer, get_tokenizer
 
 LENGTH, BATCH_SIZE = 32, 2
 STEPS, SWITCH = 24, 12
+TIMED = ("seconds_per_step", "model_flops_per_second")
+"""The metrics that another run of the same steps does not repeat."""
 
 
 def model(**changes) -> ModelConfig:

@@ -12,9 +12,13 @@ import numpy as np
 
 from v4jax.analysis.comparison import PART_WINDOWS
 from v4jax.config import CSA
+from v4jax.model import part_of
+from v4jax.training import flops
 from v4jax.training.corpus import Corpus
 from v4jax.training.data import Dataset, EvalWindows
+from v4jax.training.metrics import table
 from v4jax.training.run import RunConfig, Trainer
+from v4jax.training.step import TrainState
 from v4jax.training.switch import Arms
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "numpy", "grain")
@@ -56,7 +60,7 @@ def parameters(trainer: Trainer) -> int:
 
 
 def describe(trainer: Trainer, dataset: Dataset) -> str:
-    """Two lines that say what is about to run, and one more where the indexer has no choice."""
+    """What is about to run: model, training, where the indexer has no choice, FLOPs, bytes."""
     config, env = trainer.config, environment()
     tokens = config.batch_size * config.sequence_length * config.schedule.total_steps
     entries = config.sequence_length // config.model.compress_rates.compressed_sparse_attention
@@ -71,7 +75,33 @@ def describe(trainer: Trainer, dataset: Dataset) -> str:
         f"{tokens / max(dataset.num_tokens, 1):.2f} epochs; {trainer.tokenizer.name}; "
         f"Python {env['python']}, jax {env['jax']}, {env['device']}, {env['cores']} cores"
         + (note if idle else "")
+        + f"\n{flops.describe(config.model, config.sequence_length, config.compute_dtype)}\n"
+        + bytes_by_part(trainer.abstract_state())
     )
+
+
+def bytes_by_part(state: TrainState) -> str:
+    """A table: bytes of the state, of one device's share, for each part of the model."""
+    columns = ("params", "variables", "opt_state")
+    found: dict[str, dict[str, int]] = {}
+    for name in columns:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, name)):
+            part = part_of(jax.tree_util.keystr(path, simple=True, separator="/")) or "counters"
+            row = found.setdefault(part, dict.fromkeys(columns, 0))
+            row[name] += math.prod(_share(leaf)) * leaf.dtype.itemsize
+    found = dict(sorted(found.items(), key=lambda item: -sum(item[1].values())))
+    found["sum"] = {name: sum(row[name] for row in found.values()) for name in columns}
+    rows = [
+        [part, *(f"{n:,}" for n in (*row.values(), sum(row.values())))]
+        for part, row in found.items()
+    ]
+    return table(rows, ("bytes on a device", "parameters", "variables", "optimizer", "sum"))
+
+
+def _share(leaf) -> tuple[int, ...]:
+    """The shape of a leaf's part on one device."""
+    sharding = getattr(leaf, "sharding", None)
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def what(trainer: Trainer, arms: Arms, windows: EvalWindows, corpus: Corpus) -> dict:

@@ -7,9 +7,7 @@ for example, after the scores. An accelerator's peaks are its maker's; a CPU's a
 process that uses them.
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v4jax.analysis.timing import alternate
+from v4jax.training.peaks import ACCELERATORS, Peaks, published
 
 
 class Phase(NamedTuple):
@@ -30,45 +29,6 @@ class Phase(NamedTuple):
 Work = tuple[Phase, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Peaks:
-    """flops: FLOP/s by dtype. bandwidths: bytes/s by the least size of the data, in bytes.
-
-    source: where the figures are from.
-    """
-
-    flops: Mapping[str, float]
-    bandwidths: Mapping[int, float]
-    source: str
-
-    def bandwidth(self, size: float) -> float:
-        """Bytes/s on `size` bytes of data: the best measured on as much or more, since smaller data
-        lie in faster memory."""
-        fitting = [rate for least, rate in self.bandwidths.items() if least >= size]
-        return max(fitting) if fitting else min(self.bandwidths.values())
-
-
-_NVIDIA = "NVIDIA's data sheet of the SXM5 module, without sparsity"
-_TPU = "jax.experimental.pallas.tpu.get_tpu_info of jax 0.12, a TensorCore"
-
-
-def _accelerator(source: str, terabytes: float, **teraflops: float) -> Peaks:
-    flops = {name: rate * 1e12 for name, rate in teraflops.items()}
-    return Peaks(flops, {0: terabytes * 1e12}, source)
-
-
-_HOPPER = {"float32": 67.0, "bfloat16": 989.0, "float8": 1979.0, "int8": 1979.0}
-# By what jax.Device.device_kind begins with.
-ACCELERATORS: dict[str, Peaks] = {
-    "NVIDIA H100": _accelerator(_NVIDIA, 3.35, **_HOPPER),
-    "NVIDIA H200": _accelerator(_NVIDIA, 4.8, **_HOPPER),
-    "TPU v5 lite": _accelerator(_TPU, 0.82, bfloat16=197, int8=394),
-    "TPU v5": _accelerator(_TPU, 1.23, bfloat16=229.5, int8=459),
-    "TPU v6": _accelerator(_TPU, 1.64, bfloat16=920, float8=920, int8=1840),
-    "TPU7x": _accelerator(_TPU, 3.7, bfloat16=1155, float8=2300),
-}
-
-
 def peaks(quick: bool = False) -> Peaks:
     """Those of JAX's default device. quick: measures a CPU with little care.
 
@@ -77,12 +37,12 @@ def peaks(quick: bool = False) -> Peaks:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return measured((256,), 8, 2) if quick else measured((512, 1024, 2048), 256, 7)
-    for name, found in ACCELERATORS.items():
-        if device.device_kind.startswith(name):
-            return found
+    found = published(device)
+    if found is not None:
+        return found
     raise ValueError(
         f"no peaks are known of {device.device_kind!r}, only of: {', '.join(ACCELERATORS)}; "
-        "add them to v4jax/analysis/roofline.py with their source"
+        "add them to v4jax/training/peaks.py with their source"
     )
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+_LAYER = re.compile(r"(layer|unit)_\d+|mtp")
+_AROUND = {"", "while", "body", "closed_call", "checkpoint", "rematted_computation"}
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{op_name="([^"]+)"', re.M)
 
 
@@ -67,9 +69,17 @@ def _own_times(data, scopes) -> dict[str, float]:
 
 
 def _scope(path: str) -> tuple[bool, str]:
-    """(backward, scope) of an operation name such as "jit(step)/transpose(jvp(moe))/mul"."""
-    first = re.sub(r"^(jit\([^)]*\)/?)+", "", path).split("/")[0]
+    """(backward, scope) of an operation name, of whatever layer.
+
+    "jit(step)/transpose(jvp(layer_0))/moe/experts/mul" is (True, "moe").
+    """
+    first, *names = re.sub(r"^(jit\([^)]*\)/?)+", "", path).split("/")
     inside = re.fullmatch(r"(transpose\()?jvp\((.*?)\)+", first)
-    if inside is None or not re.fullmatch(r"\w+", inside[2]):  # a jitted function, an einsum
+    if inside is None:
         return False, ""
-    return inside[1] is not None, inside[2]
+    scope = inside[2]
+    while names and (scope in _AROUND or _LAYER.fullmatch(scope)):
+        scope = re.sub(r"^jvp\((.*)\)$", r"\1", names.pop(0))
+    if not names or not re.fullmatch(r"\w+", scope):  # a jitted function, an einsum
+        return False, ""
+    return inside[1] is not None, scope

@@ -57,10 +57,11 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         cos, sin = ctx.rotary[self.kind]
         heads = (cos[:, :, None], sin[:, :, None])
-        q_latent = self.q_a_norm(self.q_a_proj(x))
-        q = self.q_b_proj(q_latent).reshape(batch, length, -1, cfg.head_dim)
-        q = rope.rotate(rms_normalize(q, cfg.rms_norm_eps).astype(x.dtype), heads)
-        kv = rope.rotate(self.kv_norm(self.kv_proj(x)), (cos, sin))
+        with jax.named_scope("projections"):
+            q_latent = self.q_a_norm(self.q_a_proj(x))
+            q = self.q_b_proj(q_latent).reshape(batch, length, -1, cfg.head_dim)
+            q = rope.rotate(rms_normalize(q, cfg.rms_norm_eps).astype(x.dtype), heads)
+            kv = rope.rotate(self.kv_norm(self.kv_proj(x)), (cos, sin))
 
         aux: dict[str, Any] = {}
         windows = ctx.windows.get(self.kind)
@@ -76,7 +77,8 @@ class Attention(nnx.Module):
                 o, aux = self._selected(x, q_latent, attend_to, ctx)
             else:
                 o, _ = attend_to(windows.seen)
-        return self._output(rope.rotate(o, heads, inverse=True)), aux
+        with jax.named_scope("output"):
+            return self._output(rope.rotate(o, heads, inverse=True)), aux
 
     def _selected(self, x: jax.Array, q_latent: jax.Array, attend_to, ctx: Context):
         """o [B, T, N, H] of `attend_to` the entries that the indexer selects, and aux."""
@@ -104,7 +106,8 @@ class Attention(nnx.Module):
         else:
             scores = indexer.scores(operands, ctx)
             best = functools.partial(select_topk, top_k=cfg.index_topk, output="mask")
-            mask = parallel.over_rows(lambda _, scores: best(scores), None, scores)
+            with jax.named_scope("selection"):
+                mask = parallel.over_rows(lambda _, scores: best(scores), None, scores)
             mask |= is_visible(*seen, entries) & dense
             o, loss = over(mask, scores, mask)
         aux: dict[str, Any] = {"index_loss": loss}

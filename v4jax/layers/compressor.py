@@ -34,6 +34,7 @@ class Compressor(nnx.Module):
         self.kv_norm = RMSNorm(cfg, rngs, width)
         self.width, self.overlap = width, overlap
 
+    @jax.named_scope("compressor")
     def entries(self, x: jax.Array, windows: Windows, rotary) -> jax.Array:
         """x [B, T, D] -> [B, C, width] in x's dtype, normed and rotated.
 

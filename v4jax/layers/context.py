@@ -62,6 +62,7 @@ def sample_positions(segment_ids: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)
 
 
+@jax.named_scope("context")
 def make_context(
     cfg: ModelConfig,
     token_ids: jax.Array,

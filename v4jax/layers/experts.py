@@ -42,6 +42,7 @@ class Experts(nnx.Module):
         )
         self.limit, self.count = cfg.swiglu_limit, e
 
+    @jax.named_scope("experts")
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         """x [B, T, D], ids int32 [B, T, K], weights float32 [B, T, K] -> float32 [B, T, D]."""
         matrices = self.gate_up_proj.get_value(), self.down_proj.get_value()
@@ -112,6 +113,7 @@ class SharedExpert(nnx.Module):
         self.down_proj = Linear(cfg, rngs, f, d, ("embed", "hidden"))
         self.limit = cfg.swiglu_limit if cfg.shared_expert_swiglu_limit else None
 
+    @jax.named_scope("shared_expert")
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., D] in x's dtype."""
         hidden = swiglu(self.gate_proj(x), self.up_proj(x), self.limit)

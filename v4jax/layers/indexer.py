@@ -43,6 +43,7 @@ class Indexer(Compressor):
         self.weights_proj = Linear(cfg, rngs, cfg.hidden_size, heads, ("index", "embed"))
         self.heads = heads
 
+    @jax.named_scope("indexer")
     def operands(self, x: jax.Array, q_latent: jax.Array, ctx: Context) -> Operands:
         """x [B, T, D], q_latent [B, T, R] -> q [B, T, I, J], k [B, C, J], w float32 [B, T, I].
 
@@ -57,6 +58,7 @@ class Indexer(Compressor):
         return q, k, w
 
 
+@jax.named_scope("indexer")
 def scores(operands: Operands, ctx: Context) -> jax.Array:
     """Scores float32 [B, T, C] of every entry, -inf where it is not visible; see the module."""
     q, k, w, fmt = _rotated(operands, ctx.index_formats)
@@ -69,6 +71,7 @@ def scores(operands: Operands, ctx: Context) -> jax.Array:
     return _rounded(found, ctx.index_formats)
 
 
+@jax.named_scope("selection")
 def select(operands: Operands, ctx: Context, top_k: int) -> jax.Array:
     """int32 [B, T, K]: the top_k best visible entries, ascending, then -1 where fewer are visible.
 
@@ -88,6 +91,7 @@ def select(operands: Operands, ctx: Context, top_k: int) -> jax.Array:
     )
 
 
+@jax.named_scope("indexer")
 def scores_at(index: jax.Array, operands: Operands, ctx: Context) -> jax.Array:
     """Scores float32 [B, T, K] of the entries `index` int32 [B, T, K]; -1 reads the first."""
     q, k, w, fmt = _rotated(operands, ctx.index_formats)
@@ -116,6 +120,7 @@ def _rounded(scores: jax.Array, formats: IndexFormats) -> jax.Array:
     return scores + jax.lax.stop_gradient(change)  # exact: the change is a few bits of scores
 
 
+@jax.named_scope("quantization")
 def _rotated(operands: Operands, formats: IndexFormats):
     """(q, k, w * J^-1/2, format that q and k are yet to be rounded to, or None)."""
     q, k, w = operands
@@ -132,6 +137,7 @@ def _rotated(operands: Operands, formats: IndexFormats):
     return q, k, w, None
 
 
+@jax.named_scope("index_loss")
 def index_loss(scores: jax.Array, mass: jax.Array, among: jax.Array, valid: jax.Array) -> jax.Array:
     """KL of the indexer from the attention it serves (training from V3.2, in V4's form). Scalar.
 

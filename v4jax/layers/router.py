@@ -41,6 +41,7 @@ class Router(nnx.Module):
             self.e_score_correction_bias = RouterBias(jnp.zeros((shape[0],), jnp.float32))
         self.kind, self.config = kind, cfg
 
+    @jax.named_scope("router")
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, dict]:
         """x [B, T, D] -> ids int32 [B, T, K], weights float32 [B, T, K], aux.
 
@@ -83,6 +84,7 @@ def sqrtsoftplus(z: jax.Array) -> jax.Array:
     return jnp.exp(0.5 * log)
 
 
+@jax.named_scope("balance_loss")
 def balance_loss(scores: jax.Array, chosen: jax.Array, valid: jax.Array, k: int) -> jax.Array:
     """Sequence-wise balance loss of V3, eqs. 17-20, without its weight: mean over rows, scalar.
 

@@ -33,6 +33,7 @@ def gathers(form: str, entries: int, top_k: int) -> bool:
     return form == "gathered" or (form == "auto" and entries > GATHER_ABOVE * top_k)
 
 
+@jax.named_scope("attend")
 def attend(q, kv, sinks, window: int, segment_ids=None, entries=None, attended=None):
     """Joint softmax attention over the sliding window, compressed entries and a sink.
 
@@ -99,20 +100,22 @@ def _attend_piece(sinks, entries, piece):
 
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     rows = q.reshape(batch, blocks, block * n, h)
-    near = masked(dot("BbXH,BbSH->BbXS", rows, keys), keep)
+    with jax.named_scope("window"):
+        near = masked(dot("BbXH,BbSH->BbXS", rows, keys), keep)
     sinks = sinks[:, None]
     top = jnp.maximum(jnp.max(near, axis=-1, keepdims=True), sinks)
     if entries is not None:
-        if _is_index(attended):
-            each = q.reshape(-1, n, h)
-            found = take_entries(entries, attended).reshape(len(each), -1, h)
-            far = masked(dot("XNH,XKH->XNK", each, found.astype(q.dtype)), attended >= 0)
-        else:
-            if isinstance(attended, tuple):
-                first, end = attended
-                attended = is_visible(first, end, entries.shape[1])
-            each = q.reshape(batch, -1, h)
-            far = masked(dot("BXH,BCH->BXC", each, entries.astype(q.dtype)), attended)
+        with jax.named_scope("entries"):
+            if _is_index(attended):
+                each = q.reshape(-1, n, h)
+                found = take_entries(entries, attended).reshape(len(each), -1, h)
+                far = masked(dot("XNH,XKH->XNK", each, found.astype(q.dtype)), attended >= 0)
+            else:
+                if isinstance(attended, tuple):
+                    first, end = attended
+                    attended = is_visible(first, end, entries.shape[1])
+                each = q.reshape(batch, -1, h)
+                far = masked(dot("BXH,BCH->BXC", each, entries.astype(q.dtype)), attended)
         top = jnp.maximum(top, jnp.max(far, axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(top)  # finite: the sink is
     near = jnp.exp(near - top)
@@ -120,18 +123,20 @@ def _attend_piece(sinks, entries, piece):
     if entries is not None:
         far = jnp.exp(far - top)
         total = total + jnp.sum(far, axis=-1, keepdims=True)
-    p = (near / total).astype(q.dtype).reshape(batch, blocks, block * n, -1)
-    o, mass = dot("BbXS,BbSH->BbXH", p, keys).reshape(q.shape), None
+    with jax.named_scope("window"):
+        p = (near / total).astype(q.dtype).reshape(batch, blocks, block * n, -1)
+        o, mass = dot("BbXS,BbSH->BbXH", p, keys).reshape(q.shape), None
     if entries is not None:
-        p = far / total
-        mass = jnp.sum(jax.lax.stop_gradient(p), axis=1).reshape(*attended.shape)
-        p = p.astype(q.dtype)
-        if _is_index(attended):
-            o_far = dot("XNK,XKH->XNH", p, found.astype(q.dtype))
-        else:
-            p = p.reshape(*each.shape[:2], -1)
-            o_far = dot("BXC,BCH->BXH", p, entries.astype(q.dtype))
-        o = o + o_far.reshape(q.shape)
+        with jax.named_scope("entries"):
+            p = far / total
+            mass = jnp.sum(jax.lax.stop_gradient(p), axis=1).reshape(*attended.shape)
+            p = p.astype(q.dtype)
+            if _is_index(attended):
+                o_far = dot("XNK,XKH->XNH", p, found.astype(q.dtype))
+            else:
+                p = p.reshape(*each.shape[:2], -1)
+                o_far = dot("BXC,BCH->BXH", p, entries.astype(q.dtype))
+            o = o + o_far.reshape(q.shape)
     return o.astype(q.dtype), mass
 
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from v4jax.exit_codes import REFUSED
+from v4jax.training import whereabouts
 
 
 def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
@@ -26,6 +27,7 @@ def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
         if not values["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
         cache_compilations()
+        whereabouts.answer_signals()
         from v4jax import distributed
 
         with distributed.errors_end_at_once():
@@ -79,6 +81,19 @@ def fraction_or_steps(name: str) -> int | float:
     if value > 1 and not float(value).is_integer():
         raise ValueError(f"--{name}={value}: allowed: a fraction in [0, 1], or whole steps above 1")
     return int(value) if value > 1 else float(value)
+
+
+def step_range(name: str, total: int) -> range | None:
+    """The value of flag `name`, first:end as in Python, of the steps 1 to `total`; None without."""
+    text = flags.FLAGS[name].value
+    if text is None:
+        return None
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end) <= total + 1):
+        raise ValueError(
+            f"--{name}={text}: allowed: first:end within 1:{total + 1}; 10:15 is steps 10 to 14"
+        )
+    return range(int(first), int(end))
 
 
 def compile_quickly() -> None:

@@ -147,13 +147,23 @@ class Progress:
       phase: a word on what runs ("pretrain").
       total: the step at which the phase ends.
       tokens_per_step: for the rate in tokens.
+      peak: tokens a second at which utilisation (mfu) is 1; None: the line has none.
       stream: where to; default standard error.
     """
 
     WINDOW = 50
 
-    def __init__(self, phase: str, total: int, tokens_per_step: int, stream: TextIO | None = None):
+    def __init__(
+        self,
+        phase: str,
+        total: int,
+        tokens_per_step: int,
+        stream: TextIO | None = None,
+        peak: float | None = None,
+    ):
         self.phase, self.total, self.tokens_per_step = phase, total, tokens_per_step
+        self._peak = peak
+        self._loss = math.nan  # the last that was read
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._start = time.monotonic()
@@ -184,20 +194,30 @@ class Progress:
             return seconds >= 0.5
         return seconds >= 5 and (steps >= 0.05 * self.total or seconds >= 60)
 
-    def _draw(self, now: float, took: float | None = None) -> None:
-        assert self._latest is not None
-        step, loss = self._latest
+    def line(self) -> str | None:
+        """The line of now, with the loss that was read last: waits for no device. None: no step."""
+        return None if self._latest is None else self._text(self._latest[0])
+
+    def _text(self, step: int, took: float | None = None) -> str:
         (first, then), (last, latest) = self._seen[0], self._seen[-1]
         rate = (last - first) / (latest - then) if latest > then else None
-        line = progress_line(
+        tokens = None if rate is None else rate * self.tokens_per_step
+        return progress_line(
             self.phase,
             step,
             self.total,
-            float(loss),
-            None if rate is None else rate * self.tokens_per_step,
+            self._loss,
+            tokens,
             None if not rate else max(0, self.total - step) / rate,
             took,
+            None if tokens is None or self._peak is None else tokens / self._peak,
         )
+
+    def _draw(self, now: float, took: float | None = None) -> None:
+        assert self._latest is not None
+        step, loss = self._latest
+        self._loss = float(loss)
+        line = self._text(step, took)
         if self._terminal:
             line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line stays behind
             self._stream.write("\r" + line.ljust(self._width))
@@ -227,6 +247,7 @@ def progress_line(
     tokens_per_second: float | None,
     eta: float | None,
     took: float | None = None,
+    mfu: float | None = None,
 ) -> str:
     """The line: `pretrain   120/2000   6%  loss 3.1416  12.3k tok/s  ETA 4:05`.
 
@@ -234,11 +255,14 @@ def progress_line(
       tokens_per_second: None while unknown.
       eta: seconds to go, None while unknown.
       took: seconds gone, for the last line, which says `took 4:05`.
+      mfu: share of the peak, shown where it is known.
     """
     width = len(str(total))
     parts = [f"{phase:<9} {step:>{width}}/{total} {100 * step // max(total, 1):>3}%"]
     parts.append(f"loss {loss:.4f}")
     parts.append(f"{_rate(tokens_per_second):>5} tok/s")
+    if mfu is not None:
+        parts.append(f"mfu {mfu:.0%}")
     parts.append(f"took {_clock(took)}" if took is not None else f"ETA {_clock(eta)}")
     return "  ".join(parts)
 

@@ -356,9 +356,12 @@ def build_optimizer(
 
     def update(grads, state, params):
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), pick(grads, MUON, ADAMW))
-        grads, _ = clip.update(grads, clip.init(grads))
-        matrices, muon_state = muon.update(pick(grads, MUON), state.muon)
-        others, adamw_state = adamw.update(pick(grads, ADAMW), state.adamw)
+        with jax.named_scope("clip"):
+            grads, _ = clip.update(grads, clip.init(grads))
+        with jax.named_scope("muon"):
+            matrices, muon_state = muon.update(pick(grads, MUON), state.muon)
+        with jax.named_scope("adamw"):
+            others, adamw_state = adamw.update(pick(grads, ADAMW), state.adamw)
         directions = _paths(matrices) | _paths(others)
         rate = config.learning_rate * schedule(state.step)
 

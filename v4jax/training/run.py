@@ -21,7 +21,6 @@ import functools
 import json
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,9 +36,12 @@ from v4jax.config import ModelConfig
 from v4jax.model import Transformer
 from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share, resolve, table
 from v4jax.training import metrics as metrics_module
+from v4jax.training import whereabouts
 from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.data import Batch
-from v4jax.training.metrics import MetricsWriter, Progress, read_metrics
+from v4jax.training.flops import peak_flops, training_flops
+from v4jax.training.metrics import read_metrics
+from v4jax.training.observe import Observer, Pace, StepWork, memory_note
 from v4jax.training.optimizer import OptimizerConfig, build_optimizer
 from v4jax.training.run_config import (
     canonical,
@@ -203,6 +205,14 @@ class Trainer:
             self.shardings,
         )
 
+    @functools.cached_property
+    def work(self) -> StepWork:
+        """What a training step amounts to, on all devices."""
+        config = self.config
+        tokens = config.batch_size * config.sequence_length
+        flops = training_flops(config.model, config.sequence_length)
+        return StepWork(tokens, tokens * flops, peak_flops(config.compute_dtype))
+
     def batch(self, step: int) -> Batch:
         """Global batch `step` (>= 0), where the training step wants it."""
         return parallel.place_rows(self.batches(step), self.mesh)
@@ -237,21 +247,6 @@ class Trainer:
         return self._steps[quantization].result()
 
 
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """How often a run speaks and saves, in steps. Does not change its numbers.
-
-    keep: checkpoints that are never deleted, as later runs branch off them. trackers: beside
-    TensorBoard, see `v4jax.training.trackers`.
-    """
-
-    log_every: int = 10
-    save_every: int = 100
-    max_to_keep: int = 2
-    keep: tuple[int, ...] = ()
-    trackers: tuple[str, ...] = ()
-
-
 DEFAULT_PACE = Pace()
 
 
@@ -279,6 +274,7 @@ def train(
         trainer.tokenizer.save(folder)
         write_source(folder)
         write_config(folder, config.to_dict())
+    whereabouts.now(f"{folder.name}, before its first step: makes or reads the state, compiles")
     checkpointer = Checkpointer(
         folder / "checkpoints", max_to_keep=pace.max_to_keep, keep=pace.keep
     )
@@ -294,18 +290,14 @@ def train(
             print_quantization(quantization, trainer.params)
         update, start = trainer.step(quantization), branch.step if branch else 0
         lossless = lossless_share(quantization, trainer.params)
-        tokens = config.batch_size * config.sequence_length
-        speaks, silence = distributed.is_main(), contextlib.nullcontext()
-        trackers = open_trackers(pace.trackers, folder, config.to_dict()) if speaks else ()
-        with (
-            MetricsWriter(folder, first, trackers) if speaks else silence as writer,
-            Progress(folder.name, stop, tokens) if speaks else silence as progress,
-        ):
-            since, logged = time.perf_counter(), first
-            for step in range(first + 1, stop + 1):
+        main = distributed.is_main()
+        trackers = open_trackers(pace.trackers, folder, config.to_dict()) if main else ()
+        distributed.say(memory_note(folder.name, update))
+        steps = range(first + 1, stop + 1)
+        with Observer(folder, steps, trainer.work, pace.profile, trackers) as observer:
+            for step in observer.steps():
                 state, metrics = update(state, *trainer.batch(step - 1))
-                if progress:
-                    progress.update(step, metrics["loss"])
+                observer.saw(step, metrics)
                 preempted = distributed.preempted()
                 ends = preempted or step == stop
                 logs = step % pace.log_every == 0 or step in (start + 1, stop)
@@ -313,12 +305,9 @@ def train(
                 if logs or saves:
                     require_finite(metrics, f"{folder.name}, step {step}")
                 if logs:
-                    seconds = (time.perf_counter() - since) / (step - logged)
                     if lossless is not None:
                         metrics["fp8_lossless_share"] = lossless(state.params)
-                    if writer:
-                        writer.write(step, metrics | {"seconds_per_step": seconds})
-                    since, logged = time.perf_counter(), step
+                    observer.log(step, metrics)
                 if saves:
                     meta = {"config": config.to_dict()}
                     checkpointer.save(step, state, meta, wait=ends)

@@ -92,6 +92,7 @@ def split_model(model: Transformer) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(variables)
 
 
+@jax.named_scope("losses")
 def losses(out: Output, tokens: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
     """Scalars `loss` (nats a token), `mtp_loss`, `balance_loss`, `index_loss`.
 
@@ -112,6 +113,7 @@ def losses(out: Output, tokens: jax.Array, segment_ids: jax.Array) -> dict[str, 
     return found
 
 
+@jax.named_scope("router_bias")
 def moved_biases(variables, aux, config: ModelConfig, speed: float):
     """Variables with every router's selection bias moved one step against its load."""
     prefix, unit, repeats = config.schedule
@@ -172,8 +174,9 @@ def make_train_step(
         )
         if shardings is not None:  # each device sums up its part alone
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         variables = moved_biases(state.variables, aux, program.config, objective.bias_speed)
         loads = jnp.stack([layer["expert_load"] for layer in aux["layers"]])
         metrics |= {

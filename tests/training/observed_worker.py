@@ -1,0 +1,42 @@
+"""One small run in a process of its own, for test_observe.py.
+
+    python -m tests.training.observed_worker FOLDER [train|hang]
+
+Says "step N" after each step. hang: sleeps in C, as a main thread does that waits for a compiler.
+"""
+
+import ctypes
+import pathlib
+import sys
+import time
+
+from tests.training import tiny
+from v4jax.training import whereabouts
+from v4jax.training.run import Pace, train
+
+
+def main(folder: pathlib.Path, what: str) -> None:
+    whereabouts.answer_signals()
+    if what == "hang":
+        print("hanging", flush=True)
+        libc = ctypes.CDLL(None)
+        end = time.monotonic() + 4
+        while time.monotonic() < end:  # the signal ends one sleep; no Python runs in it
+            libc.usleep(500_000)
+        print("done", flush=True)
+        return
+    trainer = tiny.trainer()
+    batches = trainer.batches
+
+    def slow_batches(step):
+        print("step", step, flush=True)
+        time.sleep(0.1)
+        return batches(step)
+
+    trainer.batches = slow_batches
+    train(trainer, folder, stop=8, pace=Pace(log_every=1))
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), sys.argv[2])
