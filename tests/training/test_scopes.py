@@ -10,7 +10,7 @@ import pytest
 from tests.jax_model import QUICK_COMPILE
 from tests.training import tiny
 from v4jax.config import CSA
-from v4jax.quantization import ALL_LINEARS
+from v4jax.quantization import PAPER
 
 # Two CSA layers that are traced once, which names them by their place in the unit; MTP is unrolled.
 MODEL = tiny.model(layer_types=(CSA, CSA), mlp_layer_types=("moe", "moe"), scan_layers=True)
@@ -88,7 +88,7 @@ def no_cache():
 @pytest.mark.slow
 def test_the_compiled_step_names_every_part(no_cache):
     trainer = tiny.trainer(model=MODEL)
-    found = paths(trainer._lowered(ALL_LINEARS))
+    found = paths(trainer._lowered(PAPER))
     assert missing(found) == []
     for scope in WITH_GRADIENT + WITHOUT:  # and a scope that is taken away is missed
         last = scope.rpartition("/")[2]
