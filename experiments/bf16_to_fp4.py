@@ -80,7 +80,9 @@ INDEX_SCORES = flags.DEFINE_enum(
 )
 
 # Flags that leave the pre-training as it is: runs of a sweep that differ in these alone share one.
-AFTER_SWITCH = ("qat_start", "scopes", "index_scores", "eval_windows", "log_every")
+AFTER_SWITCH = (
+    "qat_start", "scopes", "index_scores", "eval_windows", "log_every", "profile_steps",
+)  # fmt: skip
 
 SMALL = {
     "steps": 20,

@@ -62,6 +62,17 @@ def test_workers_die_with_their_launcher_and_its_successor_finishes(tmp_path):
 
 
 @linux
+def test_a_launcher_says_where_its_runs_are(tmp_path):
+    process = launcher(tmp_path, runs=2, steps=20, seconds=0.1)
+    wait_for(lambda: len(steps_made(tmp_path)) == 2)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "2 running" in said and said.count("/20") >= 2
+    finished(tmp_path, 20)
+
+
+@linux
 def test_killed_workers_are_started_again(tmp_path):
     process = launcher(tmp_path, runs=3, steps=20, seconds=0.08)
     for count in (1, 2):

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from v4jax.exit_codes import AGAIN
 from v4jax.launching import claim, experiments, signals
-from v4jax.launching.display import Display, display, summary
+from v4jax.launching.display import Display, display, summary, table
 from v4jax.launching.plan import Plan, Run
 from v4jax.launching.run_folder import Command, RunFolder, State, ending, now
 from v4jax.launching.status import look, read_progress
@@ -65,7 +65,7 @@ def run_plan(
     Exit 75 starts a run again; a failed one is tried `retries` times more, with the last lines of
     its log shown, and anew when the sweep is started again. Bad input (exit 2) is not retried.
     SIGINT, SIGTERM and SIGHUP end all runs with their process groups, which may save before; a
-    second one ends this process at once.
+    second one ends this process at once. SIGUSR1 has it say what every run does.
 
     Args:
       show: where to say what happens; default: standard error, see `display`.
@@ -78,8 +78,8 @@ def run_plan(
     """
     show = show if show is not None else display(sys.stderr)
     try:
-        with signals.received() as received:
-            return _Loop(plan, executor, parallel, retries, show).run(received)
+        with signals.received() as received, signals.questions() as asked:
+            return _Loop(plan, executor, parallel, retries, show).run(received, asked)
     except OSError as error:
         raise ValueError(_unwritable(plan, error)) from error
     finally:
@@ -125,7 +125,7 @@ class _Loop:
         if kept:
             show.note(f"{kept} of {len(plan.runs)} runs are done and kept")
 
-    def run(self, received: list[str]) -> int:
+    def run(self, received: list[str], asked: list[str]) -> int:
         try:
             self.refresh()
             self.fill()
@@ -137,6 +137,9 @@ class _Loop:
                         f"{received[0]}: ending {len(self.going)} runs; the same command goes on"
                     )
                     return signals.EXIT_CODES[received[0]]
+                if asked:
+                    asked.clear()
+                    self.show.note("\n".join(table(self.look())))
                 ended = [self.ended(going) for going in list(self.going)]
                 self.fill()
                 self.refresh()

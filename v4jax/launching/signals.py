@@ -14,6 +14,21 @@ EXIT_CODES = {"SIGINT": 130, "SIGTERM": AGAIN, "SIGHUP": 129}
 
 
 @contextlib.contextmanager
+def questions() -> Iterator[list[str]]:
+    """SIGUSR1s that came since: what asks where this process is, and would end it otherwise."""
+    asked: list[str] = []
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "SIGUSR1"):
+        yield asked
+        return
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: asked.append("SIGUSR1"))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@contextlib.contextmanager
 def received() -> Iterator[list[str]]:
     """The names of the signals that came since; the second one ends this process, as by default.
 

@@ -146,6 +146,15 @@ class Observer:
         return f"{self._folder.name} {self._at}/{self._steps.stop - 1}"
 
 
+def name_programs(pace: Pace) -> None:
+    """Before a run that is to be profiled compiles: has the cache of programs tell names apart.
+
+    To it one compiled from older sources is as good, and its operations bear the names of those.
+    """
+    if pace.profile is not None:
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+
+
 def memory_note(name: str, step: jax.stages.Compiled) -> str:
     """What the compiled step of the phase `name` needs on a device, in bytes, as XLA plans it."""
     try:

@@ -41,7 +41,7 @@ from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.data import Batch
 from v4jax.training.flops import peak_flops, training_flops
 from v4jax.training.metrics import read_metrics
-from v4jax.training.observe import Observer, Pace, StepWork, memory_note
+from v4jax.training.observe import Observer, Pace, StepWork, memory_note, name_programs
 from v4jax.training.optimizer import OptimizerConfig, build_optimizer
 from v4jax.training.run_config import (
     canonical,
@@ -268,6 +268,7 @@ def train(
     config = dataclasses.replace(trainer.config, quantization=quantization)
     if branch is not None:
         config = trainer.arm_config(quantization, read_run_config(branch.folder).hash, branch.step)
+    name_programs(pace)
     known = check_config(folder, config.to_dict())
     distributed.barrier("configuration read")
     if not known and distributed.is_main():
