@@ -39,6 +39,7 @@ from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share, re
 from v4jax.training import metrics as metrics_module
 from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.data import Batch
+from v4jax.training.files import as_path
 from v4jax.training.metrics import MetricsWriter, Progress, read_metrics
 from v4jax.training.optimizer import OptimizerConfig, build_optimizer
 from v4jax.training.run_config import (
@@ -320,6 +321,8 @@ def train(
                         writer.write(step, metrics | {"seconds_per_step": seconds})
                     since, logged = time.perf_counter(), step
                 if saves:
+                    if writer:
+                        writer.settle()
                     meta = {"config": config.to_dict()}
                     checkpointer.save(step, state, meta, wait=ends)
                 if preempted:
@@ -397,7 +400,7 @@ def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
 
     Raises ValueError, one line, where there is no run, no checkpoint, or a damaged one was named.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     config = read_run_config(folder)
     tokenizer = Tokenizer.load(folder)
     trainer = Trainer(config, _no_batches, np.ones(config.model.vocab_size), tokenizer)
