@@ -31,6 +31,7 @@ from v4jax.launching.run_folder import (
     now,
 )
 from v4jax.launching.status import look, read_progress
+from v4jax.training.files import BucketError
 
 POLL = 0.2
 """Seconds between two looks at what runs."""
@@ -96,6 +97,8 @@ def run_plan(
 
 def _unwritable(plan: Plan, error: OSError) -> str:
     what = error.strerror or str(error)
+    if isinstance(error, BucketError):
+        return f"{what}; start again when it does: nothing is lost"
     where = f" ({error.filename})" if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return f"--workdir={plan.workdir}: {what}{where}; " + (
@@ -254,6 +257,7 @@ class _Loop:
         if not going.claim.beat():
             self.lost(going)
             return
+        going.folder.copy_log(ended=True)
         state = dataclasses.replace(going.state, exit=code, finished=now(), state="done")
         if code == AGAIN and self.is_further(going.run):
             state = dataclasses.replace(state, state="preempted")
@@ -293,6 +297,7 @@ class _Loop:
         if time.monotonic() - going.beaten < claim.BEAT:
             return
         going.beaten = time.monotonic()
+        going.folder.copy_log()
         if not going.claim.beat():
             self.going.remove(going)
             self.executor.stop(going.handle)
@@ -319,6 +324,7 @@ class _Loop:
             )
             with contextlib.suppress(OSError):  # without it, the run counts as lost: it goes on
                 if going.claim.beat():
+                    going.folder.copy_log(ended=True)
                     going.folder.write_state(state)
                     going.claim.release()
         self.going.clear()
