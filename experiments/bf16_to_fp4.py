@@ -25,7 +25,7 @@ from v4jax.training.command import fraction_or_steps, step_range
 
 NAME = "bf16_to_fp4"
 string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-WORKDIR = string("workdir", None, "[run] Folder of the runs and the report.", required=True)
+WORKDIR = string("workdir", None, "[run] Folder, or gs://BUCKET/PATH.", required=True)
 QUICK = flags.DEFINE_bool("quick", False, "[run] Shrink all that you do not set: a smoke test.")
 SEED = integer("seed", 0, "[run] Initialisation, data order, hash tables.", 0)
 SEEDS = integer("seeds", 1, "[run] Repeat with so many seeds, from --seed on: mean, spread.", 1)
@@ -227,6 +227,7 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
 def main():
     from v4jax import distributed
     from v4jax.analysis.report import attach_seeds, summary, write_report
+    from v4jax.training.files import as_path
 
     if FROM.value and SEEDS.value > 1:
         raise ValueError("--from_checkpoint: has one seed, so --seeds must be 1")
@@ -239,7 +240,7 @@ def main():
         process_id=PROCESS_ID.value,
         preemptible=PREEMPTIBLE.value,
     )
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = as_path(WORKDIR.value)
     results = [experiment(SEED.value, workdir)]
     for seed in range(SEED.value + 1, SEED.value + SEEDS.value):
         results.append(experiment(seed, workdir / f"seed_{seed}"))

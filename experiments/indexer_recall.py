@@ -9,7 +9,6 @@ for several k and lengths, with the score mass kept and what the selection does 
     python launch.py --experiment=indexer_recall --workdir=runs/any --arms=     synthetic data alone
 """
 
-import pathlib
 import shlex
 import sys
 import time
@@ -17,11 +16,15 @@ import time
 from absl import flags
 
 from v4jax.training import command
+from v4jax.training.files import as_path
 
 NAME = "indexer_recall"
 integer, names = flags.DEFINE_integer, flags.DEFINE_list
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "[run] Folder of the runs; the result goes there too.", required=True
+    "workdir",
+    None,
+    "[run] Folder of the runs, or gs://BUCKET/PATH; the result goes there too.",
+    required=True,
 )
 QUICK = flags.DEFINE_bool("quick", False, "[run] Shrink all that you do not set: a smoke test.")
 SEED = integer("seed", 0, "[run] Of the synthetic data.", 0)
@@ -65,7 +68,7 @@ def numbers(flag) -> tuple[int, ...]:
 def main():
     from v4jax.analysis import provenance, recall_report, recall_study
 
-    began, workdir = time.perf_counter(), pathlib.Path(WORKDIR.value)
+    began, workdir = time.perf_counter(), as_path(WORKDIR.value)
     sizes = recall_study.Sizes(
         numbers(LENGTHS), numbers(TOP_K), RECALL_TOKENS.value, LOSS_TOKENS.value
     )

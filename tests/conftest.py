@@ -7,6 +7,7 @@ not the number of devices.
 """
 
 import os
+import types
 from pathlib import Path
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
@@ -21,9 +22,31 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from tests import gcs  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 # The first example of a shape compiles, so a deadline would measure XLA; failures must repeat.
 hypothesis.settings.register_profile("v4jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("v4jax")
+
+
+@pytest.fixture
+def cloud(monkeypatch):
+    """A cloud with the bucket gs://b, for this process and those that it starts."""
+    with gcs.serve() as served:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", served.host)
+        yield served
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """gcsfs does not wait before it tries again."""
+
+    async def sleep(_):
+        pass
+
+    pytest.importorskip("gcsfs")
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))

@@ -13,6 +13,7 @@ import pytest
 
 from tests.launching.sweeping import alive, disguised_claim, kill, wait_for
 from v4jax.launching import claim, processes
+from v4jax.training.files import create
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,7 +97,7 @@ def test_without_hard_links_a_claim_is_still_taken_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", link)
     taken = claim.take(tmp_path)
     assert claim.owner_of(tmp_path) == taken.owner
-    assert not claim._create(tmp_path / "1", b"x")
+    assert not create(tmp_path / "1", b"x")
     assert claim.take(tmp_path) is None
 
 

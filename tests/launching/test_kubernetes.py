@@ -262,7 +262,6 @@ def test_a_planted_mistake_is_found_by_the_schema(made):
     ("resources", "words"),
     [
         ({"gpu": "1"}, "--gpu: --executor=k8s has no such resource"),
-        ({"image": "a"}, "--volume: --executor=k8s needs it"),
         ({"volume": "a:/b"}, "--image: --executor=k8s needs it"),
         (NEEDED | {"volume": "work"}, "--volume=work: allowed: CLAIM:PATH"),
         (NEEDED | {"hosts": "0"}, "--hosts=0: allowed: a whole number"),
@@ -283,6 +282,20 @@ def test_a_wrong_resource_ends_in_one_line(resources, words):
 def test_a_sweep_outside_the_volume_is_refused():
     with pytest.raises(ValueError, match="--workdir=/runs/switch is not below /other"):
         manifest(NEEDED | {"volume": "work:/other"})
+
+
+def test_a_sweep_in_a_bucket_needs_no_volume_and_any_other_does():
+    plan = make_plan("bf16_to_fp4", "gs://b/switch", [{"seed": "0"}])
+    made = jobset.manifest({"image": "a"}, plan.runs[0], "bf16_to_fp4")
+    assert complaints(made) == []
+    pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["command"][-1] == "--workdir=gs://b/switch/seed=0"
+    assert [one["name"] for one in pod["volumes"]] == ["shm"]
+    assert [one["name"] for one in pod["containers"][0]["volumeMounts"]] == ["shm"]
+    with pytest.raises(ValueError, match="--volume=work:/runs: allowed: none"):
+        jobset.manifest(NEEDED, plan.runs[0], "bf16_to_fp4")
+    with pytest.raises(ValueError, match="--volume: --executor=k8s needs it"):
+        manifest({"image": "a"})
 
 
 def test_experiments_are_named_as_the_image_has_them():

@@ -96,6 +96,16 @@ exit $code
     )
 
 
+def test_a_sweep_in_a_bucket_is_refused_in_one_line():
+    plan = make_plan("bf16_to_fp4", "gs://b/switch", [{"seed": "0"}])
+    for ask in (
+        slurm.Slurm({}, 1).preview,
+        lambda plan: slurm.submit_plan(plan, slurm.Slurm({}, 1), 0),
+    ):
+        with pytest.raises(ValueError, match="^--workdir=gs://b/switch: allowed with --exec.*$"):
+            ask(plan)
+
+
 def test_the_preview_is_what_submit_would_write(tmp_path):
     plan = make_plan(str(EXPERIMENT), tmp_path / "sweep", [{"seed": "0"}, {"seed": "1"}])
     shown = slurm.Slurm({"partition": "gpu"}, 2).preview(plan)

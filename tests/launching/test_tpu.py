@@ -71,6 +71,14 @@ def test_a_host_gets_the_run_s_arguments_whatever_is_in_them(value):
     assert got[4].startswith("--workdir=gs://me/runs/switch/") and got[5:] == [""]
 
 
+def test_a_sweep_s_own_bucket_is_where_its_runs_are():
+    plan = make_plan("bf16_to_fp4", "gs://b/switch", [{"seed": "0"}])
+    given = {name: value for name, value in NEEDED.items() if name != "bucket"}
+    assert " --workdir=gs://b/switch/seed=0'" in Tpu(given, 1).preview(plan)
+    with pytest.raises(ValueError, match="--bucket: --executor=tpu needs it"):
+        Tpu(given, 1).preview(plan_of(seed="0"))
+
+
 def test_every_run_has_its_own_slice_and_folder():
     plan = make_plan("bf16_to_fp4", "/runs/switch", [{"seed": "0"}, {"seed": "1"}])
     lines = [shlex.split(line, comments=True) for line in Tpu(NEEDED, 1).preview(plan).split("\n")]

@@ -11,6 +11,7 @@ import time
 
 from tests.training import meshed
 from v4jax import distributed, parallel
+from v4jax.training.files import as_path
 from v4jax.training.run import Pace, train
 
 PACE = Pace(log_every=1, save_every=4)
@@ -33,4 +34,4 @@ def main(folder: pathlib.Path, stop: int, pause: float = 0.0) -> None:
 
 if __name__ == "__main__":
     with distributed.errors_end_at_once():
-        main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), *map(float, sys.argv[3:]))
+        main(as_path(sys.argv[1]), int(sys.argv[2]), *map(float, sys.argv[3:]))

@@ -15,6 +15,7 @@ from tests.training import tiny
 from v4jax.quantization import PAPER
 from v4jax.training import checkpoint
 from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.files import as_path
 from v4jax.training.run import Branch, Pace, train
 
 SWITCH, STEPS = tiny.SWITCH, tiny.STEPS
@@ -67,4 +68,4 @@ def main(folder: pathlib.Path, die_before: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(as_path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,8 +19,10 @@ import pytest
 
 from tests.training import tiny
 from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.files import as_path
 from v4jax.training.metrics import read_metrics
-from v4jax.training.run import load_run
+from v4jax.training.run import Branch, load_run
+from v4jax.training.switch import copy_pretraining
 
 ROOT = Path(__file__).resolve().parents[2]
 SWITCH, STEPS = tiny.SWITCH, tiny.STEPS
@@ -32,7 +35,7 @@ class Worker:
 
     def __init__(self, folder: Path, *arguments):
         self.lines: list[str] = []
-        self._stderr = open(folder.with_suffix(".stderr"), "w+")  # a pipe nobody reads would block
+        self._stderr = tempfile.TemporaryFile("w+")  # a pipe nobody reads would block
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -144,6 +147,37 @@ def test_kill_9_at_random_instants(undisturbed, tmp_path):
     assert_same(folder, undisturbed)
     assert finish(folder).lines == ["restored pretrain 12", "restored qat 24", "done"]
     assert_same(folder, undisturbed)
+
+
+def test_kill_9_of_a_run_in_a_bucket(undisturbed, cloud):
+    """In the middle of an upload, and before the record that makes it a checkpoint."""
+    folder = as_path("gs://b/run")
+    for victim in (
+        "POST run/pretrain/checkpoints/6/state",
+        "POST run/qat/checkpoints/21/record.json",
+    ):
+        worker = Worker(folder)
+
+        def kill(request, worker=worker, victim=victim):
+            if request.startswith(victim):
+                worker.process.kill()
+                return "drop"
+            return None
+
+        cloud.fault = kill
+        assert worker.end() == -signal.SIGKILL and not worker.warnings, worker.stderr
+        cloud.fault = lambda request: None
+    assert not finish(folder).warnings
+    assert_same(folder, undisturbed)
+    for name in ("pretrain", "qat"):  # nothing is left of what was cut off
+        places = {
+            path.split("/")[3] for path in cloud.names() if f"run/{name}/checkpoints/" in path
+        }
+        assert places == set(map(str, Checkpointer(folder / name / "checkpoints").steps()))
+    copied = as_path("gs://b/other/pretrain")
+    copy_pretraining(Branch(folder / "pretrain", SWITCH), copied)
+    assert read_metrics(copied) == read_metrics(folder / "pretrain")
+    assert load_run(copied).step == SWITCH
 
 
 def largest_array_file(checkpoint: Path) -> Path:

@@ -8,7 +8,7 @@ colour-blind, and each stands for one thing in all panels; no distinction rests 
 
 from __future__ import annotations
 
-import os
+import io
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +26,7 @@ from v4jax.analysis.findings import (
     side,
 )
 from v4jax.training.context_models import ORDERS
+from v4jax.training.files import write_whole
 
 GREY, LIGHT = "#555555", "#BBBBBB"
 CONTROL = "#0072B2"
@@ -73,9 +74,9 @@ def save_figure(path: pathlib.Path, drawn: Callable[[], Any]) -> None:
 
     with matplotlib.style.context(["default", STYLE]):
         figure = drawn()
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-        os.replace(temporary, path)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", metadata={"Software": None})
+        write_whole(path, content.getvalue())
 
 
 def draw(report: Mapping[str, Any], histories: Mapping[str, Sequence[Mapping]]):

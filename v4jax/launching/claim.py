@@ -1,8 +1,8 @@
-"""Who runs a run: one owner at a time, on one machine or on several that share the folder.
+"""Who runs a run: one owner at a time, on one machine or on several that share folder or bucket.
 
 `<run>/launch/claims/N` are JSON files; the newest number counts. A claim is taken by creating the
-next one, which the file system lets only one do, so nothing is ever locked and no file is replaced
-by somebody else:
+next one, which file system and bucket let only one do, so nothing is ever locked and no file is
+replaced by somebody else:
 
     {"host": ..., "machine": ..., "pid": ..., "started": ..., "token": ..., "released": false}
 
@@ -18,9 +18,8 @@ launcher dies.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
+import functools
 import json
 import os
 import pathlib
@@ -29,7 +28,7 @@ import socket
 import time
 
 from v4jax.launching import processes
-from v4jax.training.files import write_whole
+from v4jax.training.files import create, in_bucket, modified, touch, write_whole
 
 BEAT = 10.0
 """Seconds between two beats."""
@@ -39,6 +38,9 @@ STALE = 120.0
 
 File systems of several machines may show a new time up to a minute late.
 """
+
+CLOCK = 300.0
+"""Seconds for which the difference between a bucket's clock and this machine's counts as known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Claim:
         number, _ = _newest(self.path.parent)
         if number != int(self.path.name):
             return False
-        os.utime(self.path)
+        touch(self.path)
         return True
 
     def release(self) -> None:
@@ -96,7 +98,7 @@ def take(folder: pathlib.Path) -> Claim | None:
         token=secrets.token_hex(16),
     )
     path = folder / str(number + 1)
-    if not _create(path, _encode(mine)):
+    if not create(path, _encode(mine)):
         return None
     # Of all claims: who took the one before may have been killed just here.
     earlier = [_read(folder / str(n)) for n in range(1, number + 1)]
@@ -113,7 +115,7 @@ def owner_of(folder: pathlib.Path) -> Owner | None:
 def _newest(folder: pathlib.Path) -> tuple[int, Owner | None]:
     """The newest claim's number, 0 without any, and its owner: None if its file is damaged."""
     try:
-        numbers = [int(name) for name in os.listdir(folder) if name.isdecimal()]
+        numbers = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
     except FileNotFoundError:
         numbers = []
     number = max(numbers, default=0)
@@ -132,47 +134,26 @@ def _lives(folder: pathlib.Path, number: int, owner: Owner | None) -> bool:
         return False
     if owner is not None and owner.machine == processes.machine():
         return processes.start_time(owner.pid) == owner.started
-    # Opened, not only looked at: that makes a network file system ask its server.
-    with open(folder / str(number), "rb") as file:
-        return _now(folder) - os.fstat(file.fileno()).st_mtime < STALE
+    return _now(folder) - modified(folder / str(number)) < STALE
 
 
 def _now(folder: pathlib.Path) -> float:
-    """The file system's own time: the clocks of machines differ."""
+    """The time of file system or bucket: the clocks of machines differ."""
     clock = folder / "clock"
     try:
+        if in_bucket(folder):
+            return time.monotonic() + _ahead(clock, int(time.monotonic() / CLOCK))
         clock.touch()
         return clock.stat().st_mtime
     except OSError:  # one who may only look
         return time.time()
 
 
-def _create(path: pathlib.Path, content: bytes) -> bool:
-    """Makes the file with its content at once; False if there is one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    write_whole(temporary, content)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
-            raise
-        return _create_in_place(path, content)  # a file system without hard links
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return True
-
-
-def _create_in_place(path: pathlib.Path, content: bytes) -> bool:
-    """As `_create`; for an instant the file is empty, which counts as taken."""
-    try:
-        with open(path, "xb") as file:
-            file.write(content)
-    except FileExistsError:
-        return False
-    return True
+@functools.lru_cache(maxsize=1)
+def _ahead(clock: pathlib.Path, _) -> float:
+    """The bucket's time less this process's; seldom asked: an object may be put once a second."""
+    write_whole(clock, b"")
+    return modified(clock) - time.monotonic()
 
 
 def _encode(owner: Owner) -> bytes:

@@ -39,7 +39,7 @@ class InProcess:
         """Runs it, what it prints through Python going to `folder.log`."""
         assert folder.command is not None
         with (
-            open(folder.log, "a", encoding="utf-8", buffering=1) as log,
+            open(folder.open_log, "a", encoding="utf-8", buffering=1) as log,
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
             _environment(folder.environment()),

@@ -16,6 +16,7 @@ from v4jax.exit_codes import AGAIN
 from v4jax.launching.experiments import ROOT
 from v4jax.launching.plan import Run
 from v4jax.launching.resources import COUNT, check_resources
+from v4jax.training.files import in_bucket
 
 PORT = 8476  # of the coordinator
 WEEK = 7 * 86400  # for so long, an ended JobSet can be looked at
@@ -25,7 +26,8 @@ LABEL, OURS = "app.kubernetes.io/part-of", "v4jax"
 RESOURCES: Mapping[str, str] = {
     "image": "container image",
     "directory": "where the image has this repository; default /v4jax",
-    "volume": "CLAIM:PATH, a persistent volume claim and where pods have it; --workdir lies in it",
+    "volume": "CLAIM:PATH, a persistent volume claim and where pods have it; --workdir lies in it, "
+    "or in a bucket, and there is none",
     "namespace": "namespace; default: kubectl's",
     "queue": "local queue of Kueue",
     "hosts": "pods of each run, one a node; default 1; not with --tpu",
@@ -58,7 +60,7 @@ def check(resources: Mapping[str, str]) -> None:
         RESOURCES,
         allowed=ALLOWED,
         otherwise=(r"[\w./:@-]+", "a name"),
-        needed=("image", "volume"),
+        needed=("image",),
     )
     tpu = "tpu" in resources
     if tpu != ("topology" in resources):
@@ -121,12 +123,7 @@ def manifest(given: Mapping[str, str], run: Run, experiment: str) -> dict[str, A
 def _container(
     given: Mapping[str, str], run: Run, experiment: str, name: str, hosts: int
 ) -> dict[str, Any]:
-    mount = given["volume"].partition(":")[2]
-    if not run.folder.is_relative_to(mount):
-        raise ValueError(
-            f"--volume={given['volume']}: --workdir={run.folder.parent} is not below {mount}, so "
-            "what a run writes would go with its pod"
-        )
+    mount = _mount(given, run)
     limits: dict[str, Any] = {key: given[key] for key in ("cpu", "memory") if key in given}
     container: dict[str, Any] = {
         "name": "main",
@@ -139,7 +136,7 @@ def _container(
         ],
         "resources": {"limits": limits},
         "volumeMounts": [
-            {"name": "work", "mountPath": mount},
+            *([{"name": "work", "mountPath": mount}] if mount else []),
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
     }
@@ -155,14 +152,39 @@ def _container(
     return container
 
 
+def _mount(given: Mapping[str, str], run: Run) -> str | None:
+    """Where pods have the volume that --workdir is on; None where that is in a bucket."""
+    volume, workdir = given.get("volume"), run.folder.parent
+    if in_bucket(workdir):
+        if volume is not None:
+            raise ValueError(
+                f"--volume={volume}: allowed: none, as --workdir={workdir} is a bucket"
+            )
+        return None
+    if volume is None:
+        raise ValueError(
+            f"--volume: --executor=k8s needs it where --workdir is no bucket: {RESOURCES['volume']}"
+        )
+    mount = volume.partition(":")[2]
+    if not workdir.is_relative_to(mount):
+        raise ValueError(
+            f"--volume={volume}: --workdir={workdir} is not below {mount}, so what a run writes "
+            "would go with its pod"
+        )
+    return mount
+
+
 def _pod(given: Mapping[str, str], container: dict[str, Any]) -> dict[str, Any]:
-    claim = {"claimName": given["volume"].partition(":")[0]}
+    volumes = []
+    if "volume" in given:
+        claim = {"claimName": given["volume"].partition(":")[0]}
+        volumes.append({"name": "work", "persistentVolumeClaim": claim})
     pod: dict[str, Any] = {
         "restartPolicy": "Never",  # podFailurePolicy asks for it
         "terminationGracePeriodSeconds": _int(given, "grace", 120),
         "containers": [container],
         "volumes": [
-            {"name": "work", "persistentVolumeClaim": claim},
+            *volumes,
             {"name": "shm", "emptyDir": {"medium": "Memory"}},  # 64 MiB is too little for NCCL
         ],
     }

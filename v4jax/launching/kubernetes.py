@@ -2,8 +2,8 @@
 
 A run's manifest is kept as `<run>/launch/jobset.yaml` and goes to `kubectl apply`. The JobSet
 controller must be in the cluster; `--queue` names a queue of Kueue. The container image holds this
-repository in `--directory`; the sweep's folder lies on a volume that the pods and the launcher have
-at the same path.
+repository in `--directory`; the sweep's folder lies in a bucket that the pods may write, or on a
+volume that pods and launcher have at the same path.
 
 A pod that leaves with 75 (a checkpoint is written, run me again), or that the cluster evicts, has
 the JobSet start again, any number of times. All other failures end it; the launcher tries again.
@@ -25,7 +25,7 @@ from v4jax.launching.asking import ask
 from v4jax.launching.jobset import jobset_name, manifest
 from v4jax.launching.plan import Plan, Run
 from v4jax.launching.run_folder import RunFolder
-from v4jax.training.files import write_whole
+from v4jax.training.files import on_disk, write_whole
 
 TIMEOUT = 60.0
 """Seconds to wait for kubectl's answer."""
@@ -67,7 +67,8 @@ class Kubernetes:
         write_whole(path, to_yaml(made).encode())
         handle = Handle(made["metadata"]["name"], folder)
         self.stop(handle)  # an earlier attempt's, which has ended
-        self._ask("apply", f"--filename={path}")
+        with on_disk(path) as file:
+            self._ask("apply", f"--filename={file}")
         self._asked = -FRESH
         return handle
 

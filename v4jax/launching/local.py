@@ -69,7 +69,7 @@ class Local:
             environ.setdefault(name, str(len(cores)))
         if self._gpus is not None:
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._gpus[slot]))
-        with open(folder.log, "ab") as log:
+        with open(folder.open_log, "ab") as log:
             process = subprocess.Popen(
                 folder.command.argv,
                 cwd=folder.command.directory,

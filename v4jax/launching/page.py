@@ -27,7 +27,7 @@ from v4jax.launching.results import (
     summarize,
     write_tables,
 )
-from v4jax.training.files import write_whole
+from v4jax.training.files import as_path, write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c1e21; --soft: #5b6068;
@@ -110,7 +110,7 @@ def write_report(folder: str | Path, metric: str | None = None, highest: bool = 
     """
     results = read_results(folder)
     metric = choose_metric(results, metric)
-    out = Path(folder) / "report"
+    out = as_path(folder) / "report"
     files = write_tables(results, out)
     page = _page(results, metric, highest, [path.name for path in files])
     write_whole(out / "index.html", page.encode("utf-8", "backslashreplace"))

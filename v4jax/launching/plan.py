@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from v4jax.training.files import write_whole
+from v4jax.launching import claim
+from v4jax.training.files import absolute, in_bucket, write_whole
 
 FORMAT = 1
 LONGEST = 100  # characters of a run's name
@@ -128,14 +130,9 @@ def make_plan(
 ) -> Plan:
     """The plan of runs with `settings`, each beside the `arguments` that all have.
 
-    Two of equal settings are one run. `workdir` may not be a bucket.
+    Two of equal settings are one run.
     """
-    if "://" in os.fspath(workdir):
-        raise ValueError(
-            f"--workdir={workdir}: a sweep's folder must be on a file system; only a single run's "
-            "may be in a bucket"
-        )
-    folder = Path(os.path.abspath(workdir))
+    folder = absolute(workdir)
     runs = (_run(folder, run_name(one), dict(one), [*arguments, *_flags(one)]) for one in settings)
     unique = tuple(_unique(runs))
     return Plan(experiment, folder, unique, _axes(unique))
@@ -165,7 +162,7 @@ def read_plan(workdir: str | os.PathLike[str]) -> Plan:
     Raises:
       ValueError: there is none, it is damaged or of another format.
     """
-    folder = Path(os.path.abspath(workdir))
+    folder = absolute(workdir)
     path = folder / "sweep.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -224,7 +221,7 @@ def _unique(runs: Iterable[Run]) -> list[Run]:
             run = dataclasses.replace(
                 run,
                 name=run_name(settings),
-                folder=run.folder.with_name(run_name(settings)),
+                folder=run.folder.parent / run_name(settings),
                 settings=settings,
                 arguments=(*common, *_flags(settings)),
             )
@@ -277,7 +274,18 @@ def _from_json(folder: Path, kept: Mapping[str, Any]) -> Plan:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; the system frees it when the holder ends, however that happens."""
+    """Holds the folder's lock; the system frees it when the holder ends, however that happens.
+
+    A bucket has no locks: there it is a claim, which a dead holder loses too.
+    """
+    if in_bucket(folder):
+        while (mine := claim.take(folder / "launch" / "claims")) is None:
+            time.sleep(1)
+        try:
+            yield
+        finally:
+            mine.release()
+        return
     try:
         import fcntl
     except ImportError:  # not on Windows

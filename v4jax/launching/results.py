@@ -23,7 +23,7 @@ from typing import Any
 
 from v4jax.launching.plan import Plan, Run, read_plan
 from v4jax.launching.run_folder import RunFolder, ending
-from v4jax.training.files import write_whole
+from v4jax.training.files import BucketError, together, write_whole
 from v4jax.training.metrics import NOT_FINITE, read_metrics
 
 SEEDS = ("seed", "seeds")
@@ -111,7 +111,7 @@ def read_results(workdir: str | Path) -> Results:
       ValueError: there is no sweep there, or its sweep.json is damaged.
     """
     plan = read_plan(workdir)
-    return Results(plan, tuple(_result(run) for run in plan.runs))
+    return Results(plan, tuple(together(_result, plan.runs, plan.workdir)))
 
 
 def summarize(values: Sequence[float]) -> Summary | None:
@@ -197,6 +197,8 @@ def read_numbers(path: Path) -> dict[str, float]:
             if value not in NOT_FINITE and not isinstance(value, int | float):
                 raise ValueError(f"{name!r} is not a number")
         return {clean(name): float(value) for name, value in stored.items()}
+    except BucketError:
+        raise
     except (OSError, OverflowError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

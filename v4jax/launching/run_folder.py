@@ -5,7 +5,7 @@
     experiment.py       the experiment's file, which may be in no repository
     state.json          what the run does now: `State`
     claims/             who runs it (see `claim`)
-    attempts/N/log.txt  stdout and stderr of attempt N
+    attempts/N/log.txt  stdout and stderr of attempt N; to a bucket it is copied now and then
 
 command.json and what goes with it are of the first attempt. Only the owner of the claim writes
 here. Files are whole or absent, so anybody may read at any time.
@@ -16,18 +16,20 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import pathlib
 import platform
 import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from v4jax.exit_codes import DONE, REFUSED
 from v4jax.launching.experiments import ROOT
 from v4jax.launching.processes import MARK
-from v4jax.training.files import write_whole
+from v4jax.training.files import in_bucket, read_end, write_whole
 
 STATES = ("pending", "running", "done", "failed", "preempted")
 
@@ -106,6 +108,21 @@ class RunFolder:
         """The log of this attempt."""
         return self.launch / "attempts" / str(self.attempt) / "log.txt"
 
+    @property
+    def open_log(self) -> pathlib.Path:
+        """Where this machine writes the log: the log itself, or on its way to a bucket."""
+        if not in_bucket(self.path):
+            return self.log
+        name = hashlib.sha256(f"{self.token} {self.log}".encode()).hexdigest()[:32]
+        return pathlib.Path(tempfile.gettempdir(), f"v4jax-{name}.log")
+
+    def copy_log(self, ended: bool = False) -> None:
+        """Brings what `open_log` has to `log`. ended: there will be no more."""
+        if in_bucket(self.path) and self.open_log.exists():
+            write_whole(self.log, self.open_log.read_bytes())
+            if ended:
+                self.open_log.unlink()
+
     def environment(self) -> dict[str, str]:
         """What the launcher adds to the worker's environment, the claim's token included."""
         added = {} if self.command is None else dict(self.command.environment)
@@ -157,10 +174,7 @@ class RunFolder:
     def tail(self, lines: int = 10) -> str:
         """The last lines of this attempt's log, as a terminal shows them; "" without any."""
         try:
-            with open(self.log, "rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 16384))
-                text = file.read().decode(errors="replace")
+            text = read_end(self.log, 16384)[0].decode(errors="replace")
         except OSError:
             return ""
         # A progress line is rewritten in place: what was last written there counts.

@@ -23,6 +23,7 @@ from v4jax.launching.display import Display, display, summary, table
 from v4jax.launching.plan import Plan, Run
 from v4jax.launching.run_folder import Command, RunFolder, State, ending, now
 from v4jax.launching.status import look, read_progress
+from v4jax.training.files import BucketError
 
 POLL = 0.2
 """Seconds between two looks at what runs."""
@@ -88,6 +89,8 @@ def run_plan(
 
 def _unwritable(plan: Plan, error: OSError) -> str:
     what = error.strerror or str(error)
+    if isinstance(error, BucketError):
+        return f"{what}; start again when it does: nothing is lost"
     where = f" ({error.filename})" if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return f"--workdir={plan.workdir}: {what}{where}; " + (
@@ -249,6 +252,7 @@ class _Loop:
         if not going.claim.beat():
             self.lost(going)
             return
+        going.folder.copy_log(ended=True)
         interrupted = code == AGAIN and self.is_further(going.run)
         error = going.folder.tail() or _no_output(going.folder)
         state = going.state.ended(code, interrupted=interrupted, retries=self.retries, error=error)
@@ -283,6 +287,7 @@ class _Loop:
         if time.monotonic() - going.beaten < claim.BEAT:
             return
         going.beaten = time.monotonic()
+        going.folder.copy_log()
         if not going.claim.beat():
             self.going.remove(going)
             self.executor.stop(going.handle)
@@ -304,6 +309,7 @@ class _Loop:
             state = going.state.ended(code, interrupted=True, retries=0)
             with contextlib.suppress(OSError):  # without it, the run counts as lost: it goes on
                 if going.claim.beat():
+                    going.folder.copy_log(ended=True)
                     going.folder.write_state(state)
                     going.claim.release()
         self.going.clear()

@@ -34,7 +34,7 @@ from v4jax.launching.experiments import ROOT
 from v4jax.launching.plan import Plan, Run
 from v4jax.launching.run_folder import Command, RunFolder
 from v4jax.launching.slurm_script import files, job_name
-from v4jax.training.files import write_whole
+from v4jax.training.files import in_bucket, write_whole
 
 TIMEOUT = 30.0
 """Seconds to wait for Slurm's answer. Its commands try for long where the controller is down."""
@@ -76,6 +76,7 @@ class Slurm:
 
     def preview(self, plan: Plan, retries: int = 0) -> str:
         """The batch script and the list of runs that `submit_plan` would begin with."""
+        _check_folder(plan)
         folders = [RunFolder(run.folder, command(plan, run)) for run in plan.runs][:LARGEST]
         submission = plan.workdir / "slurm" / "N"
         texts = files(self._given, self._slots, submission, folders, retries)
@@ -166,6 +167,7 @@ def submit_plan(plan: Plan, executor: Slurm, retries: int) -> str:
 
     Raises ValueError, one line, where Slurm is not there, does not answer or refuses.
     """
+    _check_folder(plan)
     queued = executor.queued(plan.workdir)
     folders, done, busy = [], 0, 0
     for run in plan.runs:
@@ -190,6 +192,15 @@ def command(plan: Plan, run: Run) -> Command:
     line = (sys.executable, f"{ROOT}/launch.py", f"--experiment={experiment}")
     argv = (*line, *run.arguments, f"--workdir={run.folder}")
     return Command(argv, os.getcwd(), {}, experiments.source(experiment))
+
+
+def _check_folder(plan: Plan) -> None:
+    if in_bucket(plan.workdir):
+        raise ValueError(
+            f"--workdir={plan.workdir}: allowed with --executor=slurm: a folder that all nodes "
+            "see, as Slurm reads its script and writes its output there; a single run inside srun "
+            "may have a bucket"
+        )
 
 
 def _new_submission(sweep: pathlib.Path) -> pathlib.Path:

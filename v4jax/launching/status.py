@@ -19,6 +19,7 @@ from typing import Any
 from v4jax.launching import claim
 from v4jax.launching.display import display, table
 from v4jax.launching.run_folder import RunFolder, State
+from v4jax.training.files import as_path, read_end, together
 
 REFRESH = 1.0
 """Seconds between two looks with --watch."""
@@ -108,10 +109,8 @@ def _over_phases(folder: pathlib.Path, phase: str, step: int) -> tuple[int, int 
 def _last_rows(path: pathlib.Path, size: int = 16384) -> list[dict]:
     """The whole lines within the last bytes of the file that are objects with a step."""
     try:
-        with open(path, "rb") as file:
-            start = max(0, file.seek(0, 2) - size)
-            file.seek(start)
-            lines = file.read().split(b"\n")[(start > 0) : -1]  # the last one is empty, or torn
+        end, cut = read_end(path, size)
+        lines = end.split(b"\n")[cut:-1]  # the last one is empty, or torn
     except OSError:
         return []
     rows = []
@@ -149,13 +148,15 @@ def find_runs(folder: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
 
 def look(runs: Iterable[tuple[str, pathlib.Path]]) -> list[RunStatus]:
     """`inspect` of each run; one with a damaged state.json stays, as failed."""
-    found = []
-    for name, folder in runs:
+
+    def one(run: tuple[str, pathlib.Path]) -> RunStatus:
         try:
-            found.append(inspect(name, folder))
+            return inspect(*run)
         except ValueError as error:
-            found.append(RunStatus(name, State("failed", error=str(error)), Progress()))
-    return found
+            return RunStatus(run[0], State("failed", error=str(error)), Progress())
+
+    listed = list(runs)
+    return together(one, listed, listed[0][1]) if listed else []
 
 
 def main(folder: str | pathlib.Path, watch: bool = False, as_json: bool = False) -> int:
@@ -165,7 +166,7 @@ def main(folder: str | pathlib.Path, watch: bool = False, as_json: bool = False)
 
     Raises ValueError, one line, where the folder holds no sweep.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     screen = display(sys.stdout) if watch and not as_json else None
     try:
         while True:

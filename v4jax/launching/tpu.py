@@ -2,7 +2,8 @@
 
 A queued resource is a TPU slice that one waits for; the run's command then goes to all its hosts,
 where V4JAX_DETECT_PROCESSES has JAX ask who the others are. The hosts' disks go with the slice, so
-a run's folder is in a bucket. `kubernetes` has TPU slices of GKE.
+a run's folder is in a bucket: --workdir, or a folder of its name in --bucket. `kubernetes` has TPU
+slices of GKE.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from v4jax.launching import experiments
 from v4jax.launching.jobset import in_image, jobset_name
 from v4jax.launching.plan import Plan, Run
 from v4jax.launching.resources import check_resources
+from v4jax.training.files import in_bucket
 
 RESOURCES: Mapping[str, str] = {
     "accelerator_type": "slice, such as v6e-16",
     "runtime_version": "software of the hosts, such as v2-alpha-tpuv6e",
     "zone": "zone, such as us-east5-b",
-    "bucket": "gs://..., where the runs' folders are",
+    "bucket": "gs://..., where the runs' folders are, unless --workdir is one",
     "project": "project that pays; default: gcloud's",
     "spot": "yes: cheaper, and may be taken away",
     "valid_until": "how long to wait for the slice, such as 6h",
@@ -27,7 +29,7 @@ RESOURCES: Mapping[str, str] = {
     "setup": "a command on every host before the run, such as one that installs it",
 }
 
-NEEDED = ("accelerator_type", "runtime_version", "zone", "bucket")
+NEEDED = ("accelerator_type", "runtime_version", "zone")
 ALLOWED = {
     "bucket": (r"gs://[\w./-]+", "gs://BUCKET/PATH"),
     "spot": (r"yes|no", "yes, no"),
@@ -56,6 +58,14 @@ class Tpu:
         ]
         return "\n\n".join(blocks) + "\n"
 
+    def _bucket(self, plan: Plan) -> str:
+        """The sweep's folder, in a bucket."""
+        if in_bucket(plan.workdir):
+            return str(plan.workdir)
+        if "bucket" not in self._given:
+            raise ValueError(f"--bucket: --executor=tpu needs it: {RESOURCES['bucket']}")
+        return f"{self._given['bucket'].rstrip('/')}/{plan.workdir.name}"
+
     def commands(self, plan: Plan, run: Run, experiment: str) -> list[str]:
         """The three commands of one run. Run the second when the slice is ACTIVE, and again, with
         a new slice, after a pre-emption: the run goes on from its checkpoint."""
@@ -72,7 +82,7 @@ class Tpu:
         create += ["--spot"] if given.get("spot") == "yes" else []
         if "valid_until" in given:
             create.append(f"--valid-until-duration={given['valid_until']}")
-        workdir = f"{given['bucket'].rstrip('/')}/{plan.workdir.name}/{run.name}"
+        workdir = f"{self._bucket(plan)}/{run.name}"
         started = [*in_image(experiment), *run.arguments, f"--workdir={workdir}"]
         steps = [given["setup"]] if "setup" in given else []
         steps.append(f"cd {given.get('directory', 'v4jax')}")

@@ -1,6 +1,6 @@
 """Checkpoints: whole or not there, checked bit by bit, saved beside training.
 
-One checkpoint is one folder, `<folder>/<step>`, filled under another name and then renamed:
+One checkpoint is one folder, `<folder>/<step>`, on a disk or in a bucket (`checkpoint_files`):
 
     state/        every leaf of the state as one array of Orbax's, named by its path
                   ("params/layers/0/self_attn/sinks")
@@ -14,8 +14,8 @@ checkpoint of another model is an error.
 
 A save copies the state to host memory, which is all that the training loop waits for; a thread
 computes the checksums and runs Orbax. (Orbax's own asynchronous save keeps the caller for longer.)
-A process killed at any instant leaves whole checkpoints and at most one folder `tmp-<step>`, which
-the next save removes.
+A process killed at any instant leaves whole checkpoints and at most the parts of one, which count
+as none and which the next save removes.
 
 The state may be spread over several processes. All of them call `save` and `wait` at the same
 steps; a leaf at a time is gathered on every device and copied to the host, and the first process
@@ -31,7 +31,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import zlib
 from typing import Any
 
@@ -40,7 +39,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from v4jax import distributed, parallel
-from v4jax.training import run_config
+from v4jax.training import checkpoint_files, run_config
+from v4jax.training.files import BucketError, absolute
 from v4jax.training.run_config import canonical, reason, some, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Checkpointer:
     ):
         if max_to_keep < 1:
             raise ValueError(f"max_to_keep is {max_to_keep}; allowed: 1 or more")
-        self.folder = pathlib.Path(folder).absolute()
+        self.folder = absolute(folder)
         self._max_to_keep, self._keep = max_to_keep, keep
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._running: tuple[int, concurrent.futures.Future] | None = None
@@ -90,10 +90,8 @@ class Checkpointer:
         self.close(failed=kind is not None)
 
     def steps(self) -> list[int]:
-        """The steps on disk, oldest first; a save that still runs is not among them."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+        """The steps saved, oldest first; a save that still runs is not among them."""
+        return checkpoint_files.steps(self.folder)
 
     def save(self, step: int, state: Any, meta: dict[str, Any], wait: bool = False) -> bool:
         """Copies `state` to the host and saves it in the background, after the previous save.
@@ -128,38 +126,13 @@ class Checkpointer:
         return True
 
     def _write(self, step: int, leaves: dict[str, _Leaf], meta: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("tmp-*"):
-            shutil.rmtree(leftover)
-        for damaged in self._damaged:
-            aside = self.folder / f"damaged-{damaged}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(damaged)).rename(aside)
+        checkpoint_files.tidy(self.folder, self._damaged)
         self._damaged.clear()
-        temporary = self.folder / f"tmp-{step}"
-        arrays = ocp.args.PyTreeSave({path: leaf.data for path, leaf in leaves.items()})
-        with _orbax() as orbax:
-            orbax.save(temporary / "state", args=arrays)
-        files = sorted(path for path in (temporary / "state").rglob("*") if path.is_file())
-        for path in files:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # else a power failure may empty files of a renamed folder
-        record = {
-            "format": run_config.FORMAT,
-            "meta": meta,
-            "leaves": {path: leaf.describe() for path, leaf in leaves.items()},
-            "files": {
-                path.relative_to(temporary / "state").as_posix(): _describe_file(path)
-                for path in files
-            },
-        }
-        record["crc32"] = zlib.crc32(canonical(record).encode())
-        write_atomically(temporary / "record.json", canonical(record))
-        temporary.rename(self.folder / str(step))
+        with checkpoint_files.new(self.folder, step) as temporary:
+            _fill(temporary, leaves, meta)
         for old in self.steps()[: -self._max_to_keep]:
             if old not in self._keep:
-                (self.folder / str(old)).rename(self.folder / f"tmp-{old}")  # never half there
-                shutil.rmtree(self.folder / f"tmp-{old}")
+                checkpoint_files.remove(self.folder, old)
 
     def wait(self) -> None:
         """Returns when no save runs, in any process. Raises SaveError, once, if the last failed."""
@@ -224,6 +197,8 @@ class Checkpointer:
         folder, name = self.folder / str(step), f"checkpoint {step} of {self.folder}"
         try:
             record = _read_record(folder / "record.json")
+        except BucketError:  # says nothing of what is there
+            raise
         except (OSError, ValueError) as error:
             raise DamagedError(f"{name} is damaged: {reason(error)}") from error
         version, meta = run_config.known_format(record["format"], name), record["meta"]
@@ -233,9 +208,10 @@ class Checkpointer:
             saved = {p: (x["dtype"], tuple(x["shape"])) for p, x in record["leaves"].items()}
             _check_fit(name, saved, specs)
         try:
-            _check_files(folder / "state", record["files"])
-            flat = _read_leaves(folder / "state", record["leaves"])
-        except MemoryError:
+            with checkpoint_files.state_of(folder) as state:
+                _check_files(state, record["files"])
+                flat = _read_leaves(state, record["leaves"])
+        except (MemoryError, BucketError):
             raise
         except Exception as error:  # Orbax and TensorStore raise bare Exceptions
             raise DamagedError(f"{name} is damaged: {reason(error)}") from error
@@ -304,6 +280,27 @@ def _place(value: Any, abstract: Any) -> Any:
 
 def _crc32(data: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+
+
+def _fill(folder: pathlib.Path, leaves: dict[str, _Leaf], meta: dict[str, Any]) -> None:
+    """Writes a checkpoint's state/ and record.json."""
+    arrays = ocp.args.PyTreeSave({path: leaf.data for path, leaf in leaves.items()})
+    with _orbax() as orbax:
+        orbax.save(folder / "state", args=arrays)
+    files = sorted(path for path in (folder / "state").rglob("*") if path.is_file())
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # else a power failure may empty files of a renamed folder
+    record = {
+        "format": run_config.FORMAT,
+        "meta": meta,
+        "leaves": {path: leaf.describe() for path, leaf in leaves.items()},
+        "files": {
+            path.relative_to(folder / "state").as_posix(): _describe_file(path) for path in files
+        },
+    }
+    record["crc32"] = zlib.crc32(canonical(record).encode())
+    write_atomically(folder / "record.json", canonical(record))
 
 
 def _orbax() -> ocp.Checkpointer:

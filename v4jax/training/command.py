@@ -10,11 +10,13 @@ from absl import app, flags, logging
 
 from v4jax.exit_codes import REFUSED
 from v4jax.training import whereabouts
+from v4jax.training.files import BucketError, Refused
 
 
 def run(main: Callable[[], None], quick: Mapping[str, Any]) -> None:
-    """Parses the flags and calls `main`. Wrong input ends in one line and exit code 2; training
-    that a SIGTERM ended, with everything saved, in 75 (`v4jax.distributed`).
+    """Parses the flags and calls `main`. Wrong input ends in one line and exit code 2, a
+    bucket that does not answer in 1; training that a SIGTERM ended, with everything saved, in 75
+    (`v4jax.distributed`).
 
     quick: flag -> value that --quick sets where the user did not.
     """
@@ -49,7 +51,9 @@ def _run(main: Callable[[], None]) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         if flags.FLAGS.traceback:
             raise
-        _refuse(error)
+        # A network may be back when the run is tried again: that is a failure, not wrong input.
+        again = isinstance(error, BucketError) and not isinstance(error, Refused)
+        _refuse(error, code=1 if again else REFUSED)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -67,9 +71,9 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _refuse(error: Exception) -> NoReturn:
+def _refuse(error: Exception, code: int = REFUSED) -> NoReturn:
     print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-    sys.exit(REFUSED)
+    sys.exit(code)
 
 
 flags.DEFINE_bool("traceback", False, "[run] Show where an error arose, not just what it is.")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from v4jax.training.files import Mirror, as_path, in_bucket
 from v4jax.training.run_config import write_atomically
 from v4jax.training.trackers import Tracker
 
@@ -28,8 +29,8 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 class MetricsWriter:
     """Appends to `<folder>/metrics.jsonl` and to TensorBoard files in `<folder>/tensorboard`.
 
-    Write a step's metrics before its checkpoint: what is on disk when a checkpoint of step s exists
-    is then all of the lines up to s, and a resumed run has each line once.
+    Write a step's metrics, and `settle`, before its checkpoint: what is there when a checkpoint of
+    step s exists is then all of the lines up to s, and a resumed run has each line once.
 
     Args:
       folder: the run's folder; created.
@@ -38,6 +39,7 @@ class MetricsWriter:
       trackers: from `open_trackers`; told every line's numbers, and closed with the writer.
 
     Raises: ValueError if a line of the file, other than a torn last one, is not a JSON object.
+      Every method, BucketError, one line, where the folder's bucket does not answer.
     """
 
     def __init__(
@@ -48,11 +50,15 @@ class MetricsWriter:
     ):
         import tensorboardX  # 0.1 to 0.4 s, and only training needs it
 
-        folder = pathlib.Path(folder)
+        folder = as_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
         first = 0 if resume_step is None else resume_step + 1
-        kept = [line for line in _lines(path) if resume_step is not None and _step(line) < first]
+        lines = _lines(folder / "metrics.jsonl")
+        kept = [line for line in lines if resume_step is not None and _step(line) < first]
+        self._mirror = Mirror(folder) if in_bucket(folder) else None
+        if self._mirror:
+            folder = self._mirror.folder
+        path = folder / "metrics.jsonl"
         write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")
         self._trackers = trackers
@@ -69,7 +75,7 @@ class MetricsWriter:
         self.close(failed=kind is not None)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line `{"step": step, **metrics}`, on disk when this returns.
+        """One line `{"step": step, **metrics}`, on disk when this returns; in a bucket soon after.
 
         Args:
           metrics: name -> number (a Python, NumPy or JAX scalar, written as a float unless it is a
@@ -83,14 +89,23 @@ class MetricsWriter:
         self._file.write(json.dumps(_to_json(row), allow_nan=False) + "\n")
         self._file.flush()
         self._board.flush()
+        if self._mirror:
+            self._mirror.check()
         del row["step"]
         numbers = {name: float(value) for name, value in row.items() if not isinstance(value, str)}
         for tracker in self._trackers:
             tracker.log(step, numbers)
 
+    def settle(self) -> None:
+        """Returns when all lines are where readers look for them: before a step is saved."""
+        if self._mirror:
+            self._mirror.sync()
+
     def close(self, failed: bool = False) -> None:
         self._file.close()
         self._board.close()
+        if self._mirror:
+            self._mirror.close(failed)
         for tracker in self._trackers:
             tracker.close(failed)
 
@@ -100,7 +115,7 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises: ValueError naming the line that is not a JSON object.
     """
-    lines = _lines(pathlib.Path(folder) / "metrics.jsonl")
+    lines = _lines(as_path(folder) / "metrics.jsonl")
     return [
         {k: float(v) if v in NOT_FINITE else v for k, v in json.loads(line).items()}
         for line in lines

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from v4jax import distributed
-from v4jax.training import whereabouts
+from v4jax.training import files, whereabouts
 from v4jax.training.metrics import MetricsWriter, Progress
 from v4jax.training.trackers import Tracker
 
@@ -108,15 +108,16 @@ class Observer:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # its frames would bury the device's operations
         jax.block_until_ready(self._latest)  # steps before must not reach into the trace
-        jax.profiler.start_trace(folder, create_perfetto_trace=True, profiler_options=options)
-        self._start_clock()
-        try:
-            for step in window:
-                with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
-                    yield step
-            jax.block_until_ready(self._latest)
-        finally:
-            jax.profiler.stop_trace()
+        with files.filled(folder) as here:
+            jax.profiler.start_trace(here, create_perfetto_trace=True, profiler_options=options)
+            self._start_clock()
+            try:
+                for step in window:
+                    with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
+                        yield step
+                jax.block_until_ready(self._latest)
+            finally:
+                jax.profiler.stop_trace()
         print(profile_note(folder, window), flush=True)
         self._start_clock()  # writing the trace is no part of a step
         yield from range(window.stop, self._steps.stop)
@@ -135,6 +136,11 @@ class Observer:
             timed = {"seconds_per_step": seconds} | self._work.speed(seconds)
             self._writer.write(step, {**metrics, **timed})
         self._since, self._logged = now, step
+
+    def settle(self) -> None:
+        """Returns when all lines are where readers look for them: before a step is saved."""
+        if self._writer:
+            self._writer.settle()
 
     def _start_clock(self) -> None:
         self._since, self._logged = time.perf_counter(), self._at

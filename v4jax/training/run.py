@@ -39,6 +39,7 @@ from v4jax.training import metrics as metrics_module
 from v4jax.training import whereabouts
 from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.data import Batch
+from v4jax.training.files import as_path
 from v4jax.training.flops import peak_flops, training_flops
 from v4jax.training.metrics import read_metrics
 from v4jax.training.observe import Observer, Pace, StepWork, memory_note, name_programs
@@ -310,6 +311,7 @@ def train(
                         metrics["fp8_lossless_share"] = lossless(state.params)
                     observer.log(step, metrics)
                 if saves:
+                    observer.settle()
                     meta = {"config": config.to_dict()}
                     checkpointer.save(step, state, meta, wait=ends)
                 if preempted:
@@ -387,7 +389,7 @@ def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
 
     Raises ValueError, one line, where there is no run, no checkpoint, or a damaged one was named.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     config = read_run_config(folder)
     tokenizer = Tokenizer.load(folder)
     trainer = Trainer(config, _no_batches, np.ones(config.model.vocab_size), tokenizer)

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from v4jax.training.files import write_whole
+from v4jax.training.files import as_path, write_whole
 
 FORMAT = 2
 """The format of the checkpoints and configurations that this version writes."""
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 def write_config(folder: str | os.PathLike, config: dict[str, Any]) -> None:
     """Writes `<folder>/config.json`: the format's number and `config`, a JSON object. Atomic."""
     canonical(config)  # raises ValueError where json would write NaN or raise something else
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "config": config}, indent=2)
     write_atomically(folder / "config.json", text + "\n")
@@ -51,7 +51,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any] | None:
 
     Raises: ValueError if the file is damaged or of a newer format.
     """
-    path = pathlib.Path(folder) / "config.json"
+    path = as_path(folder) / "config.json"
     try:
         stored = json.loads(path.read_bytes())
         version, config = stored["format"], stored["config"]
@@ -97,14 +97,14 @@ def source_hash() -> str:
 
 def write_source(folder: str | os.PathLike) -> None:
     """Notes in `<folder>/source.txt` which code began the run."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "source.txt", source_hash() + "\n")
 
 
 def same_source(folder: str | os.PathLike) -> bool:
     """Whether the run in `folder` was begun by this very code."""
-    path = pathlib.Path(folder) / "source.txt"
+    path = as_path(folder) / "source.txt"
     return path.is_file() and path.read_text(encoding="utf-8").strip() == source_hash()
 
 

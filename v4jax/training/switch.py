@@ -13,6 +13,7 @@ import json
 import pathlib
 import shutil
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ import numpy as np
 
 from v4jax import distributed, parallel
 from v4jax.quantization import NO_QUANTIZATION, PAPER, Quantization, resolve
+from v4jax.training import checkpoint_files
 from v4jax.training.checkpoint import Checkpointer
+from v4jax.training.files import as_path, in_bucket
 from v4jax.training.metrics import MetricsWriter
 from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
 from v4jax.training.run_config import check_config, read_config, same_source, write_atomically
@@ -125,7 +128,7 @@ def parse_branch(text: str) -> Branch:
     folder, at, step = text.rpartition("@")
     if not at or not step.isdecimal():
         folder, step = text, ""
-    path = pathlib.Path(folder)
+    path = as_path(folder, "--from_checkpoint")
     with Checkpointer(path / "checkpoints") as checkpointer:
         steps = checkpointer.steps()
     if not steps or (step and int(step) not in steps):
@@ -204,6 +207,27 @@ def shared_pretraining(trainer: Trainer, workdir: pathlib.Path, step: int) -> Br
 
 def copy_pretraining(source: Branch, folder: pathlib.Path) -> None:
     """Makes `folder` the run in `source.folder` as it was at `source.step`, whole or not at all."""
+    if _copy_in_bucket(source, folder) if in_bucket(folder) else _copy_on_disk(source, folder):
+        what = f"pre-training copied from {source.folder}, {source.step} steps"
+        print(f"{what}: same configuration, same code", flush=True)
+
+
+def _copy_in_bucket(source: Branch, folder: pathlib.Path) -> bool:
+    """config.json, which makes it a run, comes last."""
+    below: Any = source.folder
+    try:
+        for name in below.objects():
+            if not name.startswith("checkpoints/") and name != "config.json":
+                below.joinpath(name).copy_to(folder / name)
+        MetricsWriter(folder, source.step).close()  # drops what came after
+        checkpoint_files.copy(below / "checkpoints", folder / "checkpoints", source.step)
+        below.joinpath("config.json").copy_to(folder / "config.json")
+    except FileNotFoundError:  # the sibling trains on, and has dropped it
+        return False
+    return True
+
+
+def _copy_on_disk(source: Branch, folder: pathlib.Path) -> bool:
     temporary = folder.with_name("pretrain.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     checkpoint = pathlib.Path("checkpoints", str(source.step))
@@ -212,11 +236,10 @@ def copy_pretraining(source: Branch, folder: pathlib.Path) -> None:
         shutil.copytree(source.folder / checkpoint, temporary / checkpoint)
     except (FileNotFoundError, shutil.Error):  # the sibling trains on, and has dropped it
         shutil.rmtree(temporary, ignore_errors=True)
-        return
+        return False
     MetricsWriter(temporary, source.step).close()  # drops what came after
     temporary.rename(folder)
-    what = f"pre-training copied from {source.folder}, {source.step} steps"
-    print(f"{what}: same configuration, same code", flush=True)
+    return True
 
 
 def alternate_steps(

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from v4jax.training.cache import cached
 from v4jax.training.corpus import Corpus
-from v4jax.training.files import write_whole
+from v4jax.training.files import as_path, write_whole
 
 BOS = "<|bos|>"
 # Special tokens that a foreign tokenizer.json may already have for the start of a document.
@@ -138,7 +138,7 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` into a folder (made if absent), atomically."""
-        write_whole(Path(folder) / _FILE, self._backend.to_str().encode())
+        write_whole(as_path(folder) / _FILE, self._backend.to_str().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -146,7 +146,7 @@ class Tokenizer:
 
         Raises ValueError with one line when there is none or it is damaged.
         """
-        path = Path(path)
+        path = as_path(path)
         file = path / _FILE if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"tokenizer: no file {file}")

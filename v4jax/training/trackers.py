@@ -17,12 +17,13 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from v4jax.training.files import write_whole
+from v4jax.training.files import as_path, in_bucket, write_whole
 
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}
 """A tracker's name -> what `pip install` needs for it."""
@@ -55,7 +56,7 @@ def open_trackers(
     for name in names:
         if name not in PACKAGES:
             raise ValueError(f"--trackers={name}: unknown, allowed: {', '.join(PACKAGES)}")
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     opened: list[Tracker] = []
     for name in dict.fromkeys(names):
         try:
@@ -137,12 +138,16 @@ class _Wandb:
     def __init__(self, folder: pathlib.Path, run: str, config: Mapping[str, Any]):
         import wandb
 
+        if in_bucket(folder) and os.environ.get("WANDB_MODE") == "offline":
+            raise ValueError(
+                f"WANDB_MODE=offline: its files cannot be in {folder}; allowed: online"
+            )
         self._run = wandb.init(
             id=run,
             resume="allow",
             name="/".join(folder.resolve().parts[-2:]),
             project=os.environ.get("WANDB_PROJECT", "v4jax"),
-            dir=str(folder),
+            dir=tempfile.mkdtemp() if in_bucket(folder) else str(folder),
             config=dict(config),
             # Its lines would break the progress line, and it would keep a second copy of the log.
             settings=wandb.Settings(console="off", silent=True),
