@@ -101,6 +101,8 @@ def test_metrics_of_every_run(done):
         assert [line["step"] for line in lines] == list(range(first, last + 1))
         assert all(math.isfinite(line["loss"]) for line in lines)
         assert list((workdir / name / "tensorboard").iterdir())
+        machine = json.loads((workdir / name / "machine.json").read_text())
+        assert machine["devices"] == machine["processes"] == 1 and machine["versions"]["jax"]
     assert "fp8_lossless_share" in read_metrics(workdir / "qat")[-1]
 
 

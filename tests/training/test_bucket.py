@@ -277,6 +277,14 @@ def test_lines_are_there_before_a_checkpoint_is_and_now_and_then(cloud):
     assert [(row["step"], row["loss"]) for row in rows[::2]] == [(1, 2.0), (3, 7.0)]
 
 
+def test_a_folder_is_filled_here_and_goes_up_whole(cloud):
+    with files.filled(as_path("gs://b/run/profile")) as here:
+        write_whole(here / "plugins" / "x.pb", b"trace")
+        assert cloud.names() == []
+    assert cloud.names() == ["run/profile/plugins/x.pb"]
+    assert not here.exists()
+
+
 def test_a_mirror_uploads_by_itself_and_says_what_failed(cloud, at_once):
     mirror = files.Mirror(as_path("gs://b/run"), every=0.05)
     (mirror.folder / "log").write_text("one")

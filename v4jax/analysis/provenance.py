@@ -1,10 +1,6 @@
 """What produced a number: device, versions, data and sizes, for the top of a report."""
 
-import datetime
-import importlib.metadata
 import math
-import os
-import platform
 from typing import Any
 
 import jax
@@ -16,42 +12,11 @@ from v4jax.model import part_of
 from v4jax.training import flops
 from v4jax.training.corpus import Corpus
 from v4jax.training.data import Dataset, EvalWindows
+from v4jax.training.machine import environment
 from v4jax.training.metrics import table
 from v4jax.training.run import RunConfig, Trainer
 from v4jax.training.step import TrainState
 from v4jax.training.switch import Arms
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_dtypes", "numpy", "grain")
-
-
-def environment() -> dict:
-    """Device, cores, interpreter, package versions and date."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    device = jax.devices()[0]
-    kind = device.device_kind
-    return {
-        "device": _processor() if device.platform == "cpu" else kind,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": versions["jax"],
-        "flax": versions["flax"],
-        "versions": versions,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    """The processor's name, as Linux tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
-        return f"CPU, {names[0]}" if names else "CPU"
-    except OSError:
-        return f"CPU, {platform.processor() or platform.machine()}"
 
 
 def parameters(trainer: Trainer) -> int:

@@ -24,12 +24,11 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from typing import Any
 
 from v4jax.exit_codes import DONE, REFUSED
 from v4jax.launching.experiments import ROOT
 from v4jax.launching.processes import MARK
-from v4jax.training.files import in_bucket, read_end, write_whole
+from v4jax.training.files import in_bucket, read_end, write_json, write_whole
 
 STATES = ("pending", "running", "done", "failed", "preempted")
 
@@ -195,10 +194,6 @@ def ending(code: int) -> str:
 def now() -> str:
     """The time, as state.json has it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
 
 
 @functools.cache

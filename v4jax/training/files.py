@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import errno
 import importlib.util
+import json
 import os
 import secrets
 import shutil
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 class BucketError(OSError):
@@ -81,6 +83,11 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_whole` of a JSON value, its keys sorted."""
+    write_whole(path, json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def create(path: Path, content: bytes) -> bool:

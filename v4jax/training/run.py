@@ -1,6 +1,7 @@
 """A run: one folder, one configuration, trained from a start to a step, resumable at any instant.
 
     <run>/config.json      everything that determines its numbers
+    <run>/machine.json     device, versions and date of its last start
     <run>/tokenizer.json   the tokenizer it was trained with
     <run>/metrics.jsonl    one line a logged step; <run>/tensorboard repeats it
     <run>/checkpoints/N    the state after N steps
@@ -41,6 +42,7 @@ from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.data import Batch
 from v4jax.training.files import as_path
 from v4jax.training.flops import peak_flops, training_flops
+from v4jax.training.machine import write_environment
 from v4jax.training.metrics import read_metrics
 from v4jax.training.observe import Observer, Pace, StepWork, memory_note, name_programs
 from v4jax.training.optimizer import OptimizerConfig, build_optimizer
@@ -294,7 +296,9 @@ def train(
         lossless = lossless_share(quantization, trainer.params)
         main = distributed.is_main()
         trackers = open_trackers(pace.trackers, folder, config.to_dict()) if main else ()
-        distributed.say(memory_note(folder.name, update))
+        if main:
+            write_environment(folder)
+            print(memory_note(folder.name, update), flush=True)
         steps = range(first + 1, stop + 1)
         with Observer(folder, steps, trainer.work, pace.profile, trackers) as observer:
             for step in observer.steps():
