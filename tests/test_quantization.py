@@ -34,7 +34,7 @@ from v4jax.quantization import (
     table,
 )
 from v4jax.training.data import EvalWindows
-from v4jax.training.run import print_quantization
+from v4jax.training.observe import quantization_note
 from v4jax.training.step import Program, split_model
 
 EXPERTS = r".*/experts/(gate_up|down)_proj"
@@ -175,7 +175,7 @@ def test_a_scale_over_all_tokens_would_show_the_indexer_the_future(params):
 # ---- the printed table ----
 
 
-def test_bytes_are_those_of_a_hand_count(params, capsys):
+def test_bytes_are_those_of_a_hand_count(params):
     rows = {path: row for path, *row in table(resolve(PAPER, params), params)}
     # Two stacked layers of four experts of [2 F, D] = [64, 32]: 4 bits each, a byte for every 32.
     size = 2 * 4 * 64 * 32
@@ -186,8 +186,8 @@ def test_bytes_are_those_of_a_hand_count(params, capsys):
     assert "activations/index_scores" not in rows
     before, after = (sum(row[i] for row in rows.values()) for i in (2, 3))
     assert before / after == 16 / 4.25 == 2 / 0.53125  # 3.7647
-    print_quantization(Quantization((*PAPER.rules, BF16_INDEX_SCORES)), params)
-    lines = capsys.readouterr().out.splitlines()
+    rules = Quantization((*PAPER.rules, BF16_INDEX_SCORES))
+    lines = quantization_note(rules, params).splitlines()
     assert f"{before}" in lines[-1] and f"{after}" in lines[-1] and "sum" in lines[-1]
     assert any("activations/index_scores" in line and "bf16" in line for line in lines)
     assert sum("units/1/mlp/experts/down_proj" in line for line in lines) == 1

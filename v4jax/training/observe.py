@@ -13,8 +13,10 @@ from typing import Any
 import jax
 
 from v4jax import distributed
+from v4jax.quantization import Quantization, resolve
+from v4jax.quantization import table as quantized_table
 from v4jax.training import files, whereabouts
-from v4jax.training.metrics import MetricsWriter, Progress
+from v4jax.training.metrics import MetricsWriter, Progress, table
 from v4jax.training.trackers import Tracker
 
 STEP = "train"
@@ -159,6 +161,14 @@ def name_programs(pace: Pace) -> None:
     """
     if pace.profile is not None:
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+
+
+def quantization_note(quantization: Quantization, params: Any) -> str:
+    """A table: which tensor is in which format from here on, and bytes before and after."""
+    rows = quantized_table(resolve(quantization, params), params)
+    total = ("sum", "", "", sum(row[3] for row in rows), sum(row[4] for row in rows))
+    headers = ("quantized from here on", "shape", "format", "bytes in BF16", "bytes now")
+    return table([*rows, total], headers)
 
 
 def memory_note(name: str, step: jax.stages.Compiled) -> str:

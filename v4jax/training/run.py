@@ -35,8 +35,7 @@ from v4jax import config as model_config
 from v4jax import distributed, parallel
 from v4jax.config import ModelConfig
 from v4jax.model import Transformer
-from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share, resolve, table
-from v4jax.training import metrics as metrics_module
+from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share
 from v4jax.training import whereabouts
 from v4jax.training.checkpoint import Checkpointer, DamagedError
 from v4jax.training.data import Batch
@@ -44,7 +43,14 @@ from v4jax.training.files import as_path
 from v4jax.training.flops import peak_flops, training_flops
 from v4jax.training.machine import write_environment
 from v4jax.training.metrics import read_metrics
-from v4jax.training.observe import Observer, Pace, StepWork, memory_note, name_programs
+from v4jax.training.observe import (
+    Observer,
+    Pace,
+    StepWork,
+    memory_note,
+    name_programs,
+    quantization_note,
+)
 from v4jax.training.optimizer import OptimizerConfig, build_optimizer
 from v4jax.training.run_config import (
     canonical,
@@ -291,7 +297,7 @@ def train(
         if first == stop:
             return state
         if quantization.rules and distributed.is_main():
-            print_quantization(quantization, trainer.params)
+            print(quantization_note(quantization, trainer.params), flush=True)
         update, start = trainer.step(quantization), branch.step if branch else 0
         lossless = lossless_share(quantization, trainer.params)
         main = distributed.is_main()
@@ -354,14 +360,6 @@ def _state_to_go_on_from(
     if restored is None:
         return trainer.initial_state(), 0
     return restored.state, restored.step
-
-
-def print_quantization(quantization: Quantization, params) -> None:
-    """Prints which tensor is in which format from here on, and bytes before and after."""
-    rows = table(resolve(quantization, params), params)
-    total = ("sum", "", "", sum(r[3] for r in rows), sum(r[4] for r in rows))
-    headers = ("quantized from here on", "shape", "format", "bytes in BF16", "bytes now")
-    print(metrics_module.table([*rows, total], headers), flush=True)
 
 
 def read_run_config(folder: str | pathlib.Path) -> RunConfig:
