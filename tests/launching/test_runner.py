@@ -15,6 +15,7 @@ from v4jax.launching import claim, run_folder, runner
 from v4jax.launching.plan import make_plan
 from v4jax.launching.run_folder import RunFolder, State
 from v4jax.launching.runner import run_plan
+from v4jax.training import files
 
 
 class Notes:
@@ -319,7 +320,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
             if handle[0] == 0 and len(self.started) > 2:
-                monkeypatch.setattr(run_folder, "write_whole", write)
+                monkeypatch.setattr(files, "write_whole", write)
                 monkeypatch.setattr(claim, "write_whole", write)
             return handle[0]
 

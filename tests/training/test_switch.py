@@ -41,6 +41,7 @@ class Recorded:
                 self.steps.append((quantization, before, (tokens, segment_ids)))
                 return inner(quantization)(state, tokens, segment_ids)
 
+            update.memory_analysis = lambda: inner(quantization).memory_analysis()
             return update
 
         trainer.step = step
