@@ -191,8 +191,9 @@ def main(argv: list[str]) -> int:
         parser = Parser()
         parser.add_argument("--sweep", action="append")
         parser.add_argument("--experiment", nargs="?")
-        own, _ = parser.parse_known_args(argv)
-        return start_sweep(argv) if own.sweep and own.experiment else start_one(argv)
+        own, rest = parser.parse_known_args(argv)
+        sweeps = own.sweep and (own.experiment or HELP & set(rest))
+        return start_sweep(argv) if sweeps else start_one(argv)
     except (ValueError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2

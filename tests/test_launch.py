@@ -291,6 +291,12 @@ def test_help_of_a_sweep_lists_the_executors_options(sweep):
     assert "Options of --executor=local:\n  --cores" in run.stdout
 
 
+def test_the_options_of_an_executor_are_listed_as_help_and_readme_say():
+    run = run_launch("--sweep", "x", "--executor=slurm", "--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "Options of --executor=slurm:\n  --partition" in run.stdout
+
+
 def test_status_and_report_name_the_folder_they_were_given(sweep, tmp_path):
     assert sweep("--sweep=seed=0,1", "--executor=in_process").returncode == 0
     run = run_launch("status", tmp_path / "runs", "--json")
