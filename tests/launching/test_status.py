@@ -225,6 +225,18 @@ def test_the_table_is_redrawn_below_the_notes(monkeypatch):
     ]
 
 
+def test_what_a_run_printed_moves_no_cursor_and_rings_no_bell():
+    error = "Traceback\n\x1b[2J\x1b[31mlost\x1b[0m:\x07 a\tb"
+    run = RunStatus("r", State("failed", 1, exit=1, error=error), Progress())
+    assert display.table([run])[1].endswith("exit code 1: lost:\N{REPLACEMENT CHARACTER} a b")
+    for kind in (display.Table, display.Lines):
+        stream = io.StringIO()
+        kind(stream).note(f"r failed:\n    {error}")
+        said = stream.getvalue()
+        assert "lost:" in said and "\n    Traceback" in said
+        assert not any(odd in said for odd in ("\x07", "\x1b[2J", "\x1b[31m"))
+
+
 def test_a_small_terminal_shows_what_runs(monkeypatch):
     monkeypatch.setattr(
         display.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((30, 6))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from v4jax.launching.printable import clean, last_line
 from v4jax.launching.run_folder import ending
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Table:
     def note(self, text: str) -> None:
         below = self._drawn
         self._draw([])
-        self._stream.write(text + "\n")
+        self._stream.write(clean(text) + "\n")
         self._draw(below)
 
     def close(self) -> None:
@@ -87,7 +88,7 @@ class Lines:
             self.note(self._last)
 
     def note(self, text: str) -> None:
-        self._stream.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        self._stream.write(f"{time.strftime('%H:%M:%S')} {clean(text)}\n")
         self._stream.flush()
         if text == self._last:
             self._next = time.monotonic() + SUMMARY
@@ -172,7 +173,7 @@ def _remark(run: RunStatus) -> str:
     if state.state == "lost":
         return f"its launcher is dead ({state.host}); the sweep's command goes on with it"
     said = ending(state.exit) if state.exit is not None else ""
-    last = (state.error or "").strip().rpartition("\n")[2].strip()
+    last = last_line(clean(state.error or "")).replace("\t", " ")  # a tab's width is not known
     return ": ".join(filter(None, (said, last)))
 
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from v4jax.launching.charts import MOST, SERIES, Line, Point, chart, sample, thin
-from v4jax.launching.results import Group, Results, as_number, clean, curves
+from v4jax.launching.printable import clean
+from v4jax.launching.results import Group, Results, as_number, curves
 
 POINTS = 2400  # drawn in a figure, so that a page of a large sweep stays a few megabytes
 

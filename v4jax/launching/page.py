@@ -15,14 +15,13 @@ from pathlib import Path
 
 from v4jax.launching import charts, figures
 from v4jax.launching.differences import Difference, differences
+from v4jax.launching.printable import clean, last_line
 from v4jax.launching.results import (
     Results,
     Summary,
     as_number,
     best,
     choose_metric,
-    clean,
-    last_line,
     read_results,
     summarize,
     write_tables,
