@@ -127,6 +127,12 @@ def test_an_option_that_the_experiment_has_too_is_not_taken_in_silence(write):
     assert describe(write(), Question(others=["quick"], runs=[run()])).fixed == ()
 
 
+def test_a_sweep_cannot_set_the_folder_that_the_launcher_gives_each_run(write):
+    arguments = ["--workdir=a", "--workdir=runs/workdir=a"]
+    said = refusal(write(), swept=["workdir"], runs=[arguments])
+    assert said.startswith("--sweep: workdir is not for a sweep to set")
+
+
 def test_an_experiment_without_a_workdir_cannot_be_swept(write):
     probe = write(head='from absl import flags\nflags.DEFINE_integer("seed", 0, "")\n')
     assert "probe has no flag --workdir" in refusal(probe, swept=["seed"], runs=[run("--seed=1")])

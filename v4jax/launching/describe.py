@@ -64,6 +64,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     for name in question["swept"]:
         if name not in FLAGS:
             raise ValueError(f"--sweep: {label} has no flag {name}{_hint(name, list(FLAGS))}")
+    if question["runs"] and {"workdir", FLAGS["workdir"].short_name} & set(question["swept"]):
+        raise ValueError("--sweep: workdir is not for a sweep to set: each run has its own folder")
     for name in question["taken"]:
         if name in FLAGS:
             raise ValueError(
