@@ -40,9 +40,11 @@ def loss_figure(part: str, runs: Curves, axis: str | None, values: Sequence[str]
     title = f"{part or 'training'}: loss of its batches" + (f", by {axis}" if axis else "")
     legend = list(enumerate(values)) if axis else []
     longest = max(len(points) for _, _, points in runs)
+    marks = longest == 1  # no line to see
     size = math.ceil(longest / most)
     note = "" if size == 1 else f"Each point is the mean of up to {size} logged ones."
-    return _figure(title, chart(lines, title, "step", "loss", log_x=False), legend, note, False)
+    drawn = chart(lines, title, "step", "loss", log_x=False, marks=marks)
+    return _figure(title, drawn, legend, note, marks)
 
 
 def axis_figure(results: Results, axis: str, metric: str) -> str:
