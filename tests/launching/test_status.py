@@ -133,8 +133,8 @@ def test_watching_ends_with_the_runs(tmp_path, capsys, monkeypatch):
     lines = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "seed=1: running, attempt 2",
-        "seed=2: lost",
-        "seed=3: failed, ended by SIGKILL",
+        "seed=2: found lost",
+        "seed=3: found failed, ended by SIGKILL",
         *(f"seed={seed}: done" for seed in (1, 2, 3, 4)),
         "5 runs: 5 done",
     ]
@@ -277,6 +277,18 @@ def test_lines_are_a_change_each_and_a_summary_a_minute(monkeypatch):
         "2 runs: 1 preempted, 1 done",
         "r1: done",
         "2 runs: 2 done",
+    ]
+
+
+def test_lines_do_not_date_anew_what_had_ended_before():
+    stream = io.StringIO()
+    shown = display.Lines(stream)
+    shown.update(runs_of("failed", "lost", "running", "done", "running"))
+    shown.update(runs_of("running", "failed", "failed", "done", "running"))
+    said = [line.partition(" ")[2] for line in stream.getvalue().splitlines()]
+    assert said == [
+        *("r0: found failed", "r1: found lost", "r2: running", "r4: running"),
+        *("r0: running", "r1: failed", "r2: failed"),
     ]
 
 

@@ -77,11 +77,13 @@ class Lines:
         self._last = ""
 
     def update(self, runs: Sequence[RunStatus]) -> None:
-        quiet = ("pending", "done") if not self._seen else ()  # at first: those that are as before
+        first = not self._seen  # what has ended by then did so before, at another time
         for run in runs:
             seen = (run.state.state, run.state.attempt)
-            if seen != self._seen.get(run.name) and run.state.state not in quiet:
-                self.note(f"{run.name}: {change(run)}")
+            quiet = first and run.state.state in ("pending", "done")
+            if seen != self._seen.get(run.name) and not quiet:
+                found = "found " if first and run.state.state != "running" else ""
+                self.note(f"{run.name}: {found}{change(run)}")
             self._seen[run.name] = seen
         self._last = summary(runs)
         if time.monotonic() >= self._next:
