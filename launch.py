@@ -13,6 +13,7 @@ A sweep runs once for each combination of its --sweep SPECs, in DIR/<the flags t
 
     --sweep "learning_rate=1e-3,3e-4" --sweep "seed=0:3"      a grid of 6
     --sweep "steps=100,200 warmup=0.1,0.2"                    pairs
+    --sweep "scopes=[a,b],[a],[]"                             brackets keep commas; [] is empty
     --sweep "learning_rate=loguniform(1e-4,1e-2)" --draws=8   uniform, intuniform, choice too
     --sweep "pairs()"                                         the experiment file's own function
 
@@ -22,6 +23,8 @@ A sweep runs once for each combination of its --sweep SPECs, in DIR/<the flags t
 
 and the executor's own options; `--sweep x --executor=NAME --help` lists those. Flags are checked
 before anything starts. The same command goes on where it was stopped, and another adds its runs.
+Exit codes: 0, all runs are done; 1, some failed; 2, refused, as the one line says; 130, 129 and 75
+after SIGINT, SIGHUP and SIGTERM.
 
 `python -m experiments.NAME` works too, but some settings must stand in the environment before a
 process starts: on a CPU, huge pages make a training step faster.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from v4jax.launching import experiments
+from v4jax.launching import sweep as sweeps
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +44,14 @@ def test_help_names_the_experiments():
     assert "--experiment=NAME" in run.stdout
     for path in (ROOT / "experiments").glob("[!_]*.py"):
         assert path.stem in run.stdout
+
+
+def test_the_sweeps_that_help_shows_are_what_it_says():
+    shown = run_launch("--help").stdout
+    specs = re.findall(r'--sweep "([^"()]+)"', shown)
+    assert [len(sweeps.expand([spec])) for spec in specs] == [2, 3, 2, 3]
+    assert sweeps.expand([specs[-1]]) == [{"scopes": text} for text in ("a,b", "a", "")]
+    assert "Exit codes: 0, all" in shown
 
 
 def test_a_missing_experiment_lists_those_there_are():
