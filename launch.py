@@ -13,6 +13,7 @@ A sweep runs once for each combination of its --sweep SPECs, in DIR/<the flags t
 
     --sweep "learning_rate=1e-3,3e-4" --sweep "seed=0:3"      a grid of 6
     --sweep "steps=100,200 warmup=0.1,0.2"                    pairs
+    --sweep "scopes=[a,b],[a],[]"                             brackets keep commas; [] is empty
     --sweep "learning_rate=loguniform(1e-4,1e-2)" --draws=8   uniform, intuniform, choice too
     --sweep "pairs()"                                         the experiment file's own function
 
@@ -22,6 +23,8 @@ A sweep runs once for each combination of its --sweep SPECs, in DIR/<the flags t
 
 and the executor's own options; `--sweep x --executor=NAME --help` lists those. Flags are checked
 before anything starts. The same command goes on where it was stopped, and another adds its runs.
+Exit codes: 0, all runs are done; 1, some failed; 2, refused, as the one line says; 130, 129 and 75
+after SIGINT, SIGHUP and SIGTERM.
 
 `python -m experiments.NAME` works too, but some settings must stand in the environment before a
 process starts: on a CPU, huge pages make a training step faster.
@@ -33,6 +36,7 @@ import argparse
 import dataclasses
 import importlib
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -49,13 +53,23 @@ HELP = {"--help", "-help", "-h"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are a ValueError, one line."""
+    """Its errors are a ValueError, one line, with what is allowed where that was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: str | None = None) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
+        self._allowed = f"; allowed: {allowed}" if allowed else ""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        said = message.removeprefix("argument ")
+        said = said.replace("ignored explicit argument", "takes no value, not")
+        raise ValueError(said + self._allowed)
+
+
+def whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed: a whole number") from None
 
 
 def start_sweep(argv: list[str]) -> int:
@@ -68,7 +82,7 @@ def start_sweep(argv: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true")
     numbers = {"parallel": 1, "retries": 2, "draws": 1, "sweep_seed": 0, "max_runs": None}
     for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=whole_number, default=default)
     executor = find_executor(parser.parse_known_args(argv)[0].executor)
     for name in executor.RESOURCES:
         parser.add_argument(f"--{name}", dest=f"resource {name}")
@@ -77,7 +91,7 @@ def start_sweep(argv: list[str]) -> int:
         lines = [f"  --{name:14} {text}" for name, text in executor.RESOURCES.items()]
         print("\n".join([__doc__ or "", f"Options of --executor={own.executor}:", *lines]))
         return 0
-    if own.workdir is None:
+    if not own.workdir:  # empty as an unset variable of the shell leaves it: not this folder
         raise ValueError("--workdir=DIR is missing; a sweep keeps its runs there")
     for name, least in {"parallel": 1, "retries": 0, "draws": 1, "max_runs": 1}.items():
         if (value := getattr(own, name)) is not None and value < least:
@@ -88,13 +102,14 @@ def start_sweep(argv: list[str]) -> int:
     options = ["executor", *numbers, "dry_run", *executor.RESOURCES]
     plan, columns = make_sweep(own, arguments, options, list(resources))
     runner = executor(resources, slots=own.parallel)
+    # Asked before anything is written: it refuses what could not start.
+    preview = runner.preview(plan, own.retries) if hasattr(runner, "preview") else ""
     if own.dry_run:
         from v4jax.launching.plan import table
 
         print(table(plan, columns))
     if own.dry_run or not hasattr(runner, "start"):  # one that only prints
-        if hasattr(runner, "preview"):
-            print(runner.preview(plan, own.retries), end="")
+        print(preview, end="")
         return 0
     if own.executor == "slurm":  # jobs run by themselves: nothing is left to do here
         from v4jax.launching.slurm import submit_plan
@@ -145,7 +160,7 @@ def find_executor(name: str) -> Any:
 
 def show_status(argv: list[str]) -> int:
     """python launch.py status DIR [--watch] [--json]"""
-    parser = Parser()
+    parser = Parser(show_status.__doc__)
     parser.add_argument("DIR")
     parser.add_argument("--watch", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -157,14 +172,19 @@ def show_status(argv: list[str]) -> int:
 
 def write_report(argv: list[str]) -> int:
     """python launch.py report DIR [--metric=NAME] [--highest]"""
-    parser = Parser()
+    parser = Parser(write_report.__doc__)
     parser.add_argument("DIR")
     parser.add_argument("--metric")
     parser.add_argument("--highest", action="store_true")
     own = parser.parse_args(argv)
     from v4jax.launching import page
 
-    print(page.write_report(own.DIR, own.metric, own.highest))
+    try:
+        path = page.write_report(own.DIR, own.metric, own.highest)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"report {own.DIR}: cannot be written: {reason}") from error
+    print(path)
     return 0
 
 
@@ -178,6 +198,8 @@ def start_one(argv: list[str]) -> int:
         if HELP & set(arguments):
             print(f"{__doc__}\nExperiments:\n{listing}")
             return 0
+        if arguments and not arguments[0].startswith("-"):
+            raise ValueError(f"{arguments[0]!r}: allowed first: status, report, or a --flag")
         raise ValueError(f"--experiment=NAME is missing; there are:\n{listing}")
     line = experiments.command_line(own.experiment, arguments)
     os.execve(line[0], line, experiments.environment(os.environ))
@@ -187,12 +209,20 @@ def main(argv: list[str]) -> int:
     """The exit code: 2, after one line, for what cannot be started as it was asked."""
     try:
         if argv[:1] in (["status"], ["report"]):
-            return (show_status if argv[0] == "status" else write_report)(argv[1:])
+            command = show_status if argv[0] == "status" else write_report
+            if HELP & set(argv):
+                print(command.__doc__)
+                return 0
+            return command(argv[1:])
         parser = Parser()
         parser.add_argument("--sweep", action="append")
         parser.add_argument("--experiment", nargs="?")
-        own, _ = parser.parse_known_args(argv)
-        return start_sweep(argv) if own.sweep and own.experiment else start_one(argv)
+        own, rest = parser.parse_known_args(argv)
+        sweeps = own.sweep and (own.experiment or HELP & set(rest))
+        return start_sweep(argv) if sweeps else start_one(argv)
+    except BrokenPipeError:  # who read it has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2

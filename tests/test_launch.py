@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from v4jax.launching import experiments
+from v4jax.launching import sweep as sweeps
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +44,14 @@ def test_help_names_the_experiments():
     assert "--experiment=NAME" in run.stdout
     for path in (ROOT / "experiments").glob("[!_]*.py"):
         assert path.stem in run.stdout
+
+
+def test_the_sweeps_that_help_shows_are_what_it_says():
+    shown = run_launch("--help").stdout
+    specs = re.findall(r'--sweep "([^"()]+)"', shown)
+    assert [len(sweeps.expand([spec])) for spec in specs] == [2, 3, 2, 3]
+    assert sweeps.expand([specs[-1]]) == [{"scopes": text} for text in ("a,b", "a", "")]
+    assert "Exit codes: 0, all" in shown
 
 
 def test_a_missing_experiment_lists_those_there_are():
@@ -128,6 +137,7 @@ from absl import app, flags
 WORKDIR = flags.DEFINE_string("workdir", None, "", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "")
 RATE = flags.DEFINE_float("learning_rate", 0.1, "", 0)
+WORD = flags.DEFINE_string("word", "", "")
 
 def describe():
     return {"parameters": 1000 * (1 + SEED.value)}
@@ -235,7 +245,9 @@ def test_a_dry_plan_is_printed_and_leaves_nothing(sweep, tmp_path):
         (["--sweep=seed=0,1", "--cores=x"], "--cores=x"),
         (["--sweep=seed=0,1", "--parallel=0"], "--parallel=0: allowed: 1 or more"),
         (["--sweep=seed=0,1", "--retries=-1"], "--retries=-1: allowed: 0 or more"),
-        (["--sweep=seed=0,1", "--max_runs=x"], "--max_runs"),
+        (["--sweep=seed=0,1", "--max_runs=x"], "--max_runs: 'x': allowed: a whole number"),
+        (["--sweep=seed=0,1", "--dry_run=true"], "--dry_run: takes no value, not 'true'"),
+        (["--sweep=learning_rate=1", "--executor=slurm", "--word=a\nb"], "has a line end"),
         (["--sweep=seed=0,1", "--draws=3"], "no --sweep draws"),
         (["--sweep=seed=0,1", "stray"], "stray: not a flag"),
         (["--sweep"], "--sweep: expected one argument"),
@@ -255,6 +267,9 @@ def test_a_sweep_wants_an_experiment_a_folder_and_one_that_can_be_written(sweep,
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "did you mean bf16_to_fp4?" in run.stderr
     run = run_launch("--experiment=bf16_to_fp4", "--sweep=seed=0,1")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "--workdir=DIR is missing" in run.stderr
+    run = run_launch("--experiment=bf16_to_fp4", "--sweep=seed=0,1", "--workdir=", cwd=tmp_path)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "--workdir=DIR is missing" in run.stderr
     (tmp_path / "file").write_text("")
@@ -291,6 +306,12 @@ def test_help_of_a_sweep_lists_the_executors_options(sweep):
     assert "Options of --executor=local:\n  --cores" in run.stdout
 
 
+def test_the_options_of_an_executor_are_listed_as_help_and_readme_say():
+    run = run_launch("--sweep", "x", "--executor=slurm", "--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "Options of --executor=slurm:\n  --partition" in run.stdout
+
+
 def test_status_and_report_name_the_folder_they_were_given(sweep, tmp_path):
     assert sweep("--sweep=seed=0,1", "--executor=in_process").returncode == 0
     run = run_launch("status", tmp_path / "runs", "--json")
@@ -309,6 +330,35 @@ def test_status_and_report_refuse_in_one_line(command, tmp_path):
         run = run_launch(command, *arguments)
         assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
         assert run.stderr.startswith("launch: ")
+        if arguments != [tmp_path / "none"]:
+            assert f"; allowed: python launch.py {command} DIR [--" in run.stderr
+    run = run_launch(command, "--help")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"python launch.py {command} DIR [--")
+
+
+def test_a_word_that_is_no_command_is_said_to_be_none():
+    run = run_launch("stats", "runs")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert run.stderr == "launch: 'stats': allowed first: status, report, or a --flag\n"
+
+
+def test_a_report_that_cannot_be_written_names_its_folder(sweep, tmp_path):
+    assert sweep("--sweep=seed=0", "--executor=in_process").returncode == 0
+    (tmp_path / "runs" / "report").write_text("a file where the folder should be")
+    run = run_launch("report", tmp_path / "runs")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert run.stderr.startswith(f"launch: report {tmp_path}/runs: cannot be written: ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(sweep, tmp_path):
+    assert sweep("--sweep=seed=0", "--executor=in_process").returncode == 0
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, str(ROOT / "launch.py"), "status", str(tmp_path / "runs")]
+    with os.fdopen(write) as stdout:
+        run = subprocess.run(line, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.alone

@@ -127,6 +127,17 @@ def test_an_option_that_the_experiment_has_too_is_not_taken_in_silence(write):
     assert describe(write(), Question(others=["quick"], runs=[run()])).fixed == ()
 
 
+def test_a_sweep_names_a_flag_in_full(write):
+    said = refusal(write(), swept=["s"], fixed=["--seed=3"], runs=[run("--seed=3", "--s=1")])
+    assert said == "--sweep: s is short for seed; write that"
+
+
+def test_a_sweep_cannot_set_the_folder_that_the_launcher_gives_each_run(write):
+    arguments = ["--workdir=a", "--workdir=runs/workdir=a"]
+    said = refusal(write(), swept=["workdir"], runs=[arguments])
+    assert said.startswith("--sweep: workdir is not for a sweep to set")
+
+
 def test_an_experiment_without_a_workdir_cannot_be_swept(write):
     probe = write(head='from absl import flags\nflags.DEFINE_integer("seed", 0, "")\n')
     assert "probe has no flag --workdir" in refusal(probe, swept=["seed"], runs=[run("--seed=1")])
@@ -189,7 +200,7 @@ def test_what_the_file_prints_is_not_taken_for_the_answer(write):
     ("body", "what"),
     [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("x = (", "SyntaxError"),
+        ("x = (", "was never closed (probe.py, line"),
         ("sys.exit('not today')", "SystemExit: not today"),
         ("flags.DEFINE_integer('seed', 0, '')", "DuplicateFlagError"),
         ("import os; print('so long', file=sys.stderr); os._exit(0)", "so long"),

@@ -88,8 +88,14 @@ def test_another_metric_and_its_direction(tmp_path):
 def test_nothing_has_run_yet(tmp_path):
     sweep(tmp_path, [{"n": "1"}, {"n": "2"}])
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "2 runs: 2 missing." in text and "No finished run" in text
+    assert "2 runs: 2 missing." in text and "No finished run has a number yet." in text
     Parsed(text)
+
+
+def test_where_the_metric_is_nowhere_finite_that_is_said_of_it_alone(tmp_path):
+    simple(tmp_path, {("1",): {"loss": "NaN", "accuracy": 0.5}}, ("n",))
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "No finished run has a finite loss yet." in text
 
 
 def test_one_run_without_flags_and_a_damaged_file(tmp_path):
@@ -185,6 +191,12 @@ def test_loss_curves_say_when_they_are_means():
     drawn = loss_figure("control", runs, "n", ["1", "2"])
     assert "Each point is the mean of up to 4 logged ones." in drawn
     assert "mean" not in loss_figure("control", [({}, "r", [(1.0, 2.0)])], None)
+
+
+def test_a_single_logged_loss_is_a_mark():
+    single = [({"n": "1"}, "n=1", [(1.0, 2.0)])]
+    assert 'class="mark"' in loss_figure("control", single, "n", ["1", "2"])
+    assert 'class="mark"' not in loss_figure("control", [({}, "r", [(1.0, 2.0), (2.0, 1.0)])], None)
 
 
 # ---- in a browser ----

@@ -261,6 +261,7 @@ def test_the_table_of_a_dry_run(tmp_path):
             "lr=1e-3,seed=1           5          0.1235",
         ]
     )
+    assert table(make_plan("x", tmp_path, GRID[:1])).startswith("1 run of x, in ")
     assert table(plan).splitlines()[1:] == ["run", "lr=1e-3,seed=0", "lr=1e-3,seed=1"]
 
 

@@ -13,11 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.launching.fake_sweep import ERROR, curve, finish, simple, sweep, write_json
-from v4jax.launching import results
+from v4jax.launching.printable import clean, last_line
 from v4jax.launching.results import (
     best,
     choose_metric,
-    clean,
     read_results,
     summarize,
     write_tables,
@@ -114,7 +113,7 @@ def test_only_finished_runs_have_numbers_and_the_others_say_why(tmp_path):
     assert [dict(r.numbers) for r in found] == [
         {"loss": 1.0, "big": 3.0}, {}, {}, {}, {}, {}, {}, {"loss": 4.0}, {},
     ]  # fmt: skip
-    last = [results.last_line(r.why) for r in found]
+    last = [last_line(r.why) for r in found]
     assert last[0] == last[2] == last[3] == last[7] == ""
     assert last[1] == "FloatingPointError: qat, step 31: loss is nan"
     assert "result.json is damaged: 'loss' is not a number" in last[4]

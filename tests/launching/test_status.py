@@ -133,8 +133,8 @@ def test_watching_ends_with_the_runs(tmp_path, capsys, monkeypatch):
     lines = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "seed=1: running, attempt 2",
-        "seed=2: lost",
-        "seed=3: failed, ended by SIGKILL",
+        "seed=2: found lost",
+        "seed=3: found failed, ended by SIGKILL",
         *(f"seed={seed}: done" for seed in (1, 2, 3, 4)),
         "5 runs: 5 done",
     ]
@@ -225,6 +225,18 @@ def test_the_table_is_redrawn_below_the_notes(monkeypatch):
     ]
 
 
+def test_what_a_run_printed_moves_no_cursor_and_rings_no_bell():
+    error = "Traceback\n\x1b[2J\x1b[31mlost\x1b[0m:\x07 a\tb"
+    run = RunStatus("r", State("failed", 1, exit=1, error=error), Progress())
+    assert display.table([run])[1].endswith("exit code 1: lost:\N{REPLACEMENT CHARACTER} a b")
+    for kind in (display.Table, display.Lines):
+        stream = io.StringIO()
+        kind(stream).note(f"r failed:\n    {error}")
+        said = stream.getvalue()
+        assert "lost:" in said and "\n    Traceback" in said
+        assert not any(odd in said for odd in ("\x07", "\x1b[2J", "\x1b[31m"))
+
+
 def test_a_small_terminal_shows_what_runs(monkeypatch):
     monkeypatch.setattr(
         display.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((30, 6))
@@ -265,6 +277,18 @@ def test_lines_are_a_change_each_and_a_summary_a_minute(monkeypatch):
         "2 runs: 1 preempted, 1 done",
         "r1: done",
         "2 runs: 2 done",
+    ]
+
+
+def test_lines_do_not_date_anew_what_had_ended_before():
+    stream = io.StringIO()
+    shown = display.Lines(stream)
+    shown.update(runs_of("failed", "lost", "running", "done", "running"))
+    shown.update(runs_of("running", "failed", "failed", "done", "running"))
+    said = [line.partition(" ")[2] for line in stream.getvalue().splitlines()]
+    assert said == [
+        *("r0: found failed", "r1: found lost", "r2: running", "r4: running"),
+        *("r0: running", "r1: failed", "r2: failed"),
     ]
 
 

@@ -11,6 +11,7 @@ launch.py is the command line; here is what it calls, in the order in which a sw
   resources, asking     what an executor is given, and what a scheduler's commands answer
   run_folder    what the launcher keeps in a run's folder
   status        what every run does now
+  printable     what runs have printed, made fit for a table or a page
   results, page   the sweep's numbers as tables, and one HTML page
 
 A run is a command line that one can paste, and its folder holds all that reproduces it. An

@@ -34,7 +34,7 @@ def load(experiment: str) -> ModuleType:
     try:
         if not experiment.endswith(".py"):
             return importlib.import_module(f"experiments.{experiment}")
-        tree = ast.parse(Path(experiment).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(experiment).read_text(encoding="utf-8"), Path(experiment).name)
         if not any(isinstance(n, ast.If) and "__name__" in ast.unparse(n.test) for n in tree.body):
             raise ValueError('has no `if __name__ == "__main__":`; without it an import runs it')
         sys.path.insert(0, os.path.dirname(experiment))  # as when it is started by its path
@@ -64,6 +64,10 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     for name in question["swept"]:
         if name not in FLAGS:
             raise ValueError(f"--sweep: {label} has no flag {name}{_hint(name, list(FLAGS))}")
+        if name != FLAGS[name].name:  # by two names, one run would be two
+            raise ValueError(f"--sweep: {name} is short for {FLAGS[name].name}; write that")
+    if question["runs"] and "workdir" in question["swept"]:
+        raise ValueError("--sweep: workdir is not for a sweep to set: each run has its own folder")
     for name in question["taken"]:
         if name in FLAGS:
             raise ValueError(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from v4jax.launching.printable import clean, last_line
 from v4jax.launching.run_folder import ending
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Table:
     def note(self, text: str) -> None:
         below = self._drawn
         self._draw([])
-        self._stream.write(text + "\n")
+        self._stream.write(clean(text) + "\n")
         self._draw(below)
 
     def close(self) -> None:
@@ -76,18 +77,20 @@ class Lines:
         self._last = ""
 
     def update(self, runs: Sequence[RunStatus]) -> None:
-        quiet = ("pending", "done") if not self._seen else ()  # at first: those that are as before
+        first = not self._seen  # what has ended by then did so before, at another time
         for run in runs:
             seen = (run.state.state, run.state.attempt)
-            if seen != self._seen.get(run.name) and run.state.state not in quiet:
-                self.note(f"{run.name}: {change(run)}")
+            quiet = first and run.state.state in ("pending", "done")
+            if seen != self._seen.get(run.name) and not quiet:
+                found = "found " if first and run.state.state != "running" else ""
+                self.note(f"{run.name}: {found}{change(run)}")
             self._seen[run.name] = seen
         self._last = summary(runs)
         if time.monotonic() >= self._next:
             self.note(self._last)
 
     def note(self, text: str) -> None:
-        self._stream.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        self._stream.write(f"{time.strftime('%H:%M:%S')} {clean(text)}\n")
         self._stream.flush()
         if text == self._last:
             self._next = time.monotonic() + SUMMARY
@@ -172,7 +175,7 @@ def _remark(run: RunStatus) -> str:
     if state.state == "lost":
         return f"its launcher is dead ({state.host}); the sweep's command goes on with it"
     said = ending(state.exit) if state.exit is not None else ""
-    last = (state.error or "").strip().rpartition("\n")[2].strip()
+    last = last_line(clean(state.error or "")).replace("\t", " ")  # a tab's width is not known
     return ": ".join(filter(None, (said, last)))
 
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from v4jax.launching.charts import MOST, SERIES, Line, Point, chart, sample, thin
-from v4jax.launching.results import Group, Results, as_number, clean, curves
+from v4jax.launching.printable import clean
+from v4jax.launching.results import Group, Results, as_number, curves
 
 POINTS = 2400  # drawn in a figure, so that a page of a large sweep stays a few megabytes
 
@@ -39,9 +40,11 @@ def loss_figure(part: str, runs: Curves, axis: str | None, values: Sequence[str]
     title = f"{part or 'training'}: loss of its batches" + (f", by {axis}" if axis else "")
     legend = list(enumerate(values)) if axis else []
     longest = max(len(points) for _, _, points in runs)
+    marks = longest == 1  # no line to see
     size = math.ceil(longest / most)
     note = "" if size == 1 else f"Each point is the mean of up to {size} logged ones."
-    return _figure(title, chart(lines, title, "step", "loss", log_x=False), legend, note, False)
+    drawn = chart(lines, title, "step", "loss", log_x=False, marks=marks)
+    return _figure(title, drawn, legend, note, marks)
 
 
 def axis_figure(results: Results, axis: str, metric: str) -> str:

@@ -15,14 +15,13 @@ from pathlib import Path
 
 from v4jax.launching import charts, figures
 from v4jax.launching.differences import Difference, differences
+from v4jax.launching.printable import clean, last_line
 from v4jax.launching.results import (
     Results,
     Summary,
     as_number,
     best,
     choose_metric,
-    clean,
-    last_line,
     read_results,
     summarize,
     write_tables,
@@ -176,7 +175,8 @@ def _summary(results: Results, metric: str | None, highest: bool) -> str:
         lines.append(f'<p class="soft">All runs: <code>{_e(" ".join(fixed))}</code></p>\n')
     found = best(results, metric, highest) if metric else None
     if found is None or metric is None:
-        return "".join([*lines, "<p>No finished run has a finite number yet.</p>\n"])
+        what = "number" if metric is None else f"finite {metric}"
+        return "".join([*lines, f"<p>No finished run has a {_e(what)} yet.</p>\n"])
     group, result = found
     summary = group.summary(metric)
     assert summary is not None

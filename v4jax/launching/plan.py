@@ -185,7 +185,8 @@ def table(plan: Plan, columns: Sequence[Mapping[str, Any]] = ()) -> str:
         row = columns[index] if index < len(columns) else {}
         rows.append([run.name, *(_cell(row.get(name, "")) for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"{len(plan.runs)} runs of {plan.experiment}, in {plan.workdir}"]
+    number = f"{len(plan.runs)} run" + ("" if len(plan.runs) == 1 else "s")
+    lines = [f"{number} of {plan.experiment}, in {plan.workdir}"]
     for row in rows:
         name, *cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([name.strip().ljust(widths[0]), *cells]).rstrip())

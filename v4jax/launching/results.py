@@ -15,13 +15,13 @@ import math
 import re
 import statistics
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from v4jax.launching.plan import Plan, Run, read_plan
+from v4jax.launching.printable import clean, last_line
 from v4jax.launching.run_folder import RunFolder, ending
 from v4jax.training.files import BucketError, together, write_whole
 from v4jax.training.metrics import NOT_FINITE, read_metrics
@@ -224,20 +224,6 @@ def curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
 
 def _last_losses(folder: Path) -> dict[str, float]:
     return {f"{name}/loss".lstrip("/"): line[-1][1] for name, line in curves(folder).items()}
-
-
-def clean(text: str) -> str:
-    """Without a terminal's colours and without what is not text, lines kept."""
-    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", text)
-    odd = "\N{REPLACEMENT CHARACTER}"
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c)[0] != "C" else odd for c in text
-    ).strip()
-
-
-def last_line(text: str) -> str:
-    """The last line, or ""."""
-    return text.rstrip().rpartition("\n")[2].strip()
 
 
 def as_number(text: str) -> float | None:
