@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A package or module, its level, and the third-party packages it may use (None: any but torch's).
 # A module imports from lower levels and from its own entry; two entries of one level do not meet.
 LEVELS: dict[str, tuple[int, set[str] | None]] = {
+    "v4jax.style": (0, set()),
     "v4jax.numerics": (0, {"jax", "ml_dtypes", "numpy"}),
     "kernels_pallas": (1, {"absl", "jax", "ml_dtypes", "numpy"}),
     "v4jax.config": (2, None),

@@ -8,9 +8,8 @@ colour-blind, and each stands for one thing in all panels; no distinction rests 
 
 from __future__ import annotations
 
-import io
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,11 @@ from v4jax.analysis.findings import (
     scopes,
     side,
 )
+from v4jax.style import BLUE, GREEN, GREY, LIGHT_GREY, ORANGE
 from v4jax.training.context_models import ORDERS
-from v4jax.training.files import write_whole
 
-GREY, LIGHT = "#555555", "#BBBBBB"
-CONTROL = "#0072B2"
-SCOPES = {"": "#D55E00", "all_linears.": "#009E73"}  # by the scope's prefix
+CONTROL = BLUE
+SCOPES = {"": ORANGE, "all_linears.": GREEN}  # by the scope's prefix
 # Name of the run -> label, colour, line style and width; the later lie upon the earlier.
 RUNS: dict[str, tuple[str, str, Any, float]] = {
     "pretrain": ("pre-training, {base}", GREY, "-", 1.6),
@@ -38,55 +36,30 @@ RUNS: dict[str, tuple[str, str, Any, float]] = {
     "qat": ("FP4, paper's scope", SCOPES[""], "-", 1.6),
     "qat_all_linears": ("FP4, all linears", SCOPES["all_linears."], (0, (4, 1.5)), 1.6),
 }
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "savefig.dpi": 220,
-}
 
 
 def save(
     path: pathlib.Path, report: Mapping[str, Any], histories: Mapping[str, Sequence[Mapping]]
 ) -> None:
     """Draws the report (JSON-able) and the runs' metrics (rows by run name) into a PNG."""
-    save_figure(path, lambda: draw(report, histories))
+    from v4jax.analysis.figures import save_figure
 
-
-def save_figure(path: pathlib.Path, drawn: Callable[[], Any]) -> None:
-    """Writes the matplotlib Figure that `drawn` makes, in this module's style, as a whole.
-
-    Neither a display nor pyplot's state is touched.
-    """
-    import matplotlib  # 0.3 s, and only the end of an experiment needs it
-    import matplotlib.style
-
-    with matplotlib.style.context(["default", STYLE]):
-        figure = drawn()
-        content = io.BytesIO()
-        figure.savefig(content, format="png", metadata={"Software": None})
-        write_whole(path, content.getvalue())
+    save_figure(path, draw(report, histories))
 
 
 def draw(report: Mapping[str, Any], histories: Mapping[str, Sequence[Mapping]]):
     """The matplotlib Figure."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from v4jax.analysis.figures import styled  # 0.3 s, and only the end of an experiment needs it
+
+    return styled(_panels)(report, histories)
+
+
+def _panels(report: Mapping[str, Any], histories: Mapping[str, Sequence[Mapping]]):
     from matplotlib.lines import Line2D
 
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.04)
-    figure = Figure(figsize=(6.6, 6.1), layout=layout)
+    from v4jax.analysis.figures import Drawing
+
+    figure = Drawing(6.6, 6.1)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
     _losses(figure.add_subplot(grid[0, 0]), histories, at(report, "what.switch_step"))
     shown = _drawn(report)
@@ -270,7 +243,7 @@ def _bits_per_byte(axes, report: Mapping[str, Any]) -> None:
     """Bars from zero: context models, then the arms."""
     bits = report["bits_per_byte"]
     rows: list[tuple[str, Any, str, str | None]] = [
-        (name.replace("order", "order "), bits.get(name), LIGHT, None) for name in ORDERS
+        (name.replace("order", "order "), bits.get(name), LIGHT_GREY, None) for name in ORDERS
     ]
     rows.append(("control", bits.get("control"), CONTROL, None))
     for scope in _drawn(report):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from v4jax.analysis.findings import at, number, side
-from v4jax.analysis.plots import CONTROL, GREY, LIGHT, SCOPES, save_figure
+from v4jax.analysis.plots import CONTROL, SCOPES
+from v4jax.style import GREY, LIGHT_GREY
 
 CLAIM = 0.997
 SHOWN = {  # arm -> label, colour, marker
@@ -28,17 +29,23 @@ SELECTED = {"fp4": "FP4 QK", "bf16": "BF16 scores", "both": "both", "dense": "al
 
 def save(path: pathlib.Path, report: Mapping[str, Any]) -> None:
     """Draws the report (JSON-able) into a PNG."""
-    save_figure(path, lambda: draw(report))
+    from v4jax.analysis.figures import save_figure
+
+    save_figure(path, draw(report))
 
 
 def draw(report: Mapping[str, Any]):
     """The matplotlib Figure."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from v4jax.analysis.figures import styled
+
+    return styled(_panels)(report)
+
+
+def _panels(report: Mapping[str, Any]):
+    from v4jax.analysis.figures import Drawing
 
     trained, made_up = bool(report["arms"]), bool(report["synthetic"])
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.05)
-    figure = Figure(figsize=(6.6, 6.1 if trained else 3.4), layout=layout)
+    figure = Drawing(6.6, 6.1 if trained else 3.4)
     grid = figure.add_gridspec(2 if trained else 1, 2 if trained else 1)
     if trained:
         _against_k(figure.add_subplot(grid[0, 0]), report)
@@ -152,7 +159,7 @@ def _synthetic(axes, report: Mapping[str, Any]) -> None:
     kinds = list(report["synthetic"])
     for y, kind in enumerate(kinds):
         ks = list(report["synthetic"][kind].values())[-1]
-        axes.axhline(y, color=LIGHT, linewidth=0.5, zorder=0)
+        axes.axhline(y, color=LIGHT_GREY, linewidth=0.5, zorder=0)
         ends = [list(ks.items())[i] for i in (0, -1)] if ks else []
         for shift, (k, tables) in zip((-0.16, 0.16), ends, strict=False):
             for name, (_, marker, face) in marks.items():

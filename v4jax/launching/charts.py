@@ -1,8 +1,8 @@
 """Line charts as SVG text, in the report's one style; no library, no script, no network.
 
-Colours are Okabe and Ito's, darker on white and lighter on black, at least 3:1 against either; each
-series has dashes and a marker of its own too, so that nothing rests on colour alone. `STYLE` is the
-CSS that they need; everything else is in the SVG.
+Colours and dashes are those of `v4jax/style.py`, lighter on black; each series has a marker of its
+own too, so that nothing rests on colour alone. `STYLE` is the CSS that they need; everything else
+is in the SVG.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import html
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from v4jax import style
+
 Point = tuple[float, float]
 
-LIGHT = ("#0072b2", "#c44e00", "#00805d", "#a64d86", "#8f6b00", "#555555")
-DARK = ("#56b4e9", "#ff8a3d", "#2fcb9a", "#e39bc6", "#e6b800", "#bbbbbb")
-DASHES = ("none", "7 3", "2 2.5", "9 3 2 3")
+LIGHT, DARK = style.SERIES, style.SERIES_ON_BLACK
+DASHES = tuple(" ".join(map(str, dashes)) or "none" for dashes in style.DASHES)
 SERIES = 8
 """A chart tells apart at most so many lines; more are drawn alike."""
 

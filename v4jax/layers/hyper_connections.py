@@ -212,6 +212,12 @@ class HyperConnection(nnx.Module):
         """M arrays [B, T, D] -> x [B, T, D]; post [M, B, T], comb [M, M, B, T] float32."""
         return read(streams, self.fn[...], self.base[...], self.scale[...], self.constants)
 
+    def maps(self, streams: Streams) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """For analysis: a, post [M, B, T] and comb [M, M, B, T], float32, of M arrays [B, T, D]."""
+        z, squares = _projection(streams, self.fn[...])
+        width = self.fn.shape[1]
+        return _maps(z, squares, self.base[...], self.scale[...], width, self.constants)
+
 
 @jax.custom_vjp
 @jax.jit
