@@ -7,7 +7,6 @@ metrics.jsonl, and to result.json what is left of them at the end: control, ptq,
 """
 
 import json
-import pathlib
 
 from absl import flags
 
@@ -25,13 +24,13 @@ SEED = flags.DEFINE_integer("seed", 0, "Of target and inputs.", 0)
 def main():
     from v4jax.analysis.toy_switch import Toy, train
     from v4jax.numerics import MXFP4
-    from v4jax.training.files import write_whole
+    from v4jax.training.files import as_path, write_whole
     from v4jax.training.metrics import MetricsWriter
 
     switch = int(QAT_START.value * STEPS.value)
     toy = Toy(STEPS.value, switch, LEARNING_RATE.value, LOUDNESS.value, SEED.value)
     control, qat = train(toy, None), train(toy, MXFP4)
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = as_path(WORKDIR.value)
     for name, outcome in (("control", control), ("qat", qat)):
         with MetricsWriter(workdir / name, 0) as writer:
             for step in range(0, STEPS.value, 10):

@@ -121,8 +121,8 @@ inside.draw_loads(layers)
 # %% [markdown]
 # ## How streams mix
 #
-# The residual is four streams. Before a sublayer, A reads its input from them; after it, B mixes the
-# streams and C adds the output to each (2.2, eqs. 1-8):
+# The residual is four streams. Before a sublayer, A reads its input from them; after it, B mixes
+# the streams and C adds the output to each (2.2, eqs. 1-8):
 #
 #     x = sum_j A_j X_j        X_k <- sum_j B_kj X_j + C_k F(x)
 #

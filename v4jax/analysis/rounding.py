@@ -146,7 +146,9 @@ def draw_block(x: np.ndarray, fmt: Format = MXFP4) -> Drawing:
 
 @styled
 def draw_switch(
-    curves: Mapping[str, Sequence[float]], switch: int, flat: Mapping[str, float] | None = None
+    curves: Mapping[str, Sequence[float] | np.ndarray],
+    switch: int,
+    flat: Mapping[str, float] | None = None,
 ) -> Drawing:
     """Losses over steps on a log scale, the switch, and levels that no training reaches.
 

@@ -121,8 +121,8 @@ def _page(results: Results, metric: str | None, highest: bool, files: Sequence[s
     title = f"{plan.experiment}: {plan.workdir.name}"
     losses, notes = figures.losses(results)
     sections = [
-        _summary(results, metric, highest),
-        _group_table(results, metric, highest),
+        summary_section(results, metric, highest),
+        group_table(results, metric, highest),
         _figures(results, metric, losses),
         _unfinished(results, notes),
         _differences(differences(plan.runs)),
@@ -167,7 +167,8 @@ def _settings(settings: Mapping[str, str]) -> str:
 # ---- the sections ----
 
 
-def _summary(results: Results, metric: str | None, highest: bool) -> str:
+def summary_section(results: Results, metric: str | None, highest: bool) -> str:
+    """How many runs there are in which state, and the best of them by `metric`."""
     states = ", ".join(f"{count} {state}" for state, count in results.states.most_common())
     count = len(results.results)
     lines = [f"<p>{count} run{'s' * (count != 1)}: {_e(states)}.</p>\n"]
@@ -191,7 +192,8 @@ def _summary(results: Results, metric: str | None, highest: bool) -> str:
     return "".join(lines)
 
 
-def _group_table(results: Results, metric: str | None, highest: bool) -> str:
+def group_table(results: Results, metric: str | None, highest: bool) -> str:
+    """A row for every setting, with means and spreads over its seeds; the best by `metric` bold."""
     names = sorted(results.metrics, key=lambda name: name != metric)  # the chosen one first
     found = best(results, metric, highest) if metric else None
     heads = [*results.axes, "done", *names]

@@ -46,12 +46,12 @@ class Shown:
 
 def summary(results: Results, metric: str | None = None, highest: bool = False) -> Shown:
     """How many runs there are and the best of them by `metric`, see `choose_metric`."""
-    return Shown(page._summary(results, choose_metric(results, metric), highest))
+    return Shown(page.summary_section(results, choose_metric(results, metric), highest))
 
 
 def table(results: Results, metric: str | None = None, highest: bool = False) -> Shown:
     """A row for every setting: mean and standard deviation over its seeds; the best in bold."""
-    return Shown(page._group_table(results, choose_metric(results, metric), highest))
+    return Shown(page.group_table(results, choose_metric(results, metric), highest))
 
 
 def over_axes(results: Results, metric: str | None = None) -> Shown:
