@@ -113,7 +113,7 @@ def test_what_is_said_and_drawn(done):
     assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "sha256" in run.stdout and "Python" in run.stdout  # corpus hash and interpreter
     assert "quantized from here on" in run.stdout and "units" not in run.stdout
-    assert run.stdout.count("| sum ") == 2
+    assert run.stdout.count("| sum ") == 1 + 2  # the state by part, and what each arm rounds
     assert "QAT, all linears" in run.stdout
     for name in RUNS:
         assert f"{name} " in run.stderr and "took" in run.stderr

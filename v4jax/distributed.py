@@ -35,6 +35,9 @@ import jax
 
 from v4jax.exit_codes import AGAIN
 
+MEETING = 24 * 3600
+"""Seconds until `meet` fails; a process that dies ends it long before."""
+
 HEARTBEAT = 30
 TIMEOUT = 300
 """Seconds to wait for the other processes to start."""
@@ -237,6 +240,22 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def meet(name: str) -> None:
+    """Returns when all processes have called it, in the same order, however far apart they are.
+
+    After what takes them unequally long, such as compiling, and before their first collective: its
+    partners give up after half a minute. No device takes part, as one does in `barrier`.
+    """
+    if jax.process_count() > 1:
+        from jax._src.distributed import global_state  # it has no public name
+
+        meeting = f"v4jax {next(_meetings)}: {name}"
+        global_state.client.wait_at_barrier(meeting, 1000 * MEETING)  # type: ignore[union-attr]
+
+
+_meetings = itertools.count(1)
 
 
 def from_main(value: int) -> int:

@@ -305,6 +305,7 @@ def train(
         if main:
             write_environment(folder)
             print(memory_note(folder.name, update), flush=True)
+        distributed.meet(f"{folder.name} compiled")
         steps = range(first + 1, stop + 1)
         with Observer(folder, steps, trainer.work, pace.profile, trackers) as observer:
             for step in observer.steps():
