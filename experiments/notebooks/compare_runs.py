@@ -47,8 +47,8 @@ show.table(results, METRIC)
 # %% [markdown]
 # ## Over each axis
 #
-# A point is a mean over seeds, a bar one standard deviation, small dots are single seeds; a line
-# for each combination of the other axes.
+# A point is a mean over seeds, a bar one standard deviation, small dots are single seeds; a line is
+# one combination of the other axes.
 
 # %%
 show.over_axes(results, METRIC)

@@ -60,9 +60,9 @@ assert (np.asarray(fake_quantize(x, MXFP4)) == elements.astype(np.float32) * sca
 # %% [markdown]
 # ## How much it costs
 #
-# Signal to noise by distribution: 6 dB are a factor of two in the error's size. A value's error is
-# a share of its block's largest, so long tails cost. NVFP4 has blocks of 16 with finer scales; FP8
-# is what the rest of the released model uses.
+# Signal to noise by distribution: 6 dB are a factor of two in the error's size. A block's largest
+# value sets the steps of all the others, so long tails cost. NVFP4 has blocks of 16 with finer
+# scales; FP8 is what the rest of the released model uses.
 
 # %%
 ways = {
@@ -84,10 +84,10 @@ rounding.draw_errors(
 # %% [markdown]
 # ## Outliers, and the Hadamard rotation
 #
-# One loud value sets the scale for all 32, and the others become 0. Multiplying by a Hadamard
+# One loud value sets the scale for all 32, and most others become 0. Multiplying by a Hadamard
 # matrix first spreads it over all channels. The matrix is orthogonal, so that q.k stays what it was
-# when both are rotated: V4 does so with the indexer's query and key, and with nothing else. What
-# has no outliers gains nothing; uniform data lose, as a rotation makes them Gaussian.
+# when both are rotated: V4 does so with the indexer's query and key, and with nothing else. Data
+# without outliers gain nothing; uniform ones lose, as a rotation makes them Gaussian.
 
 # %%
 loud = np.asarray(x[0]).copy()

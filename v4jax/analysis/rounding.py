@@ -140,7 +140,7 @@ def draw_block(x: np.ndarray, fmt: Format = MXFP4) -> Drawing:
     panels[0].set_yscale("symlog", linthresh=1)
     panels[0].set_yticks([-10, -1, 0, 1, 10], ["\u221210", "\u22121", "0", "1", "10"])
     reach = np.abs(block).max()
-    panels[0].set_ylim(min(-2, 1.5 * block.min()), max(2, 2.5 * reach))
+    panels[0].set_ylim(-max(4, -2.5 * block.min()), max(2, 2.5 * reach))
     return figure
 
 

@@ -51,7 +51,8 @@ def summary(results: Results, metric: str | None = None, highest: bool = False) 
 
 def table(results: Results, metric: str | None = None, highest: bool = False) -> Shown:
     """A row for every setting: mean and standard deviation over its seeds; the best in bold."""
-    return Shown(page.group_table(results, choose_metric(results, metric), highest))
+    drawn = page.group_table(results, choose_metric(results, metric), highest)
+    return Shown(drawn.replace(" A column's head sorts.", ""))  # without the page's script
 
 
 def over_axes(results: Results, metric: str | None = None) -> Shown:
