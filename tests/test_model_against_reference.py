@@ -240,6 +240,7 @@ def row_lengths(draw):
     return lengths
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.tuples(row_lengths(), row_lengths()), st.booleans(), st.integers(0, 1000))
 def test_packed_samples_equal_samples_apart(lengths, dense, seed):

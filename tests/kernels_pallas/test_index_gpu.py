@@ -71,6 +71,7 @@ if not INTERPRET:
     CASES += [("prefill", "fp8", "bfloat16"), ("prefill", "bfloat16", "float32")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "kind", "score_dtype"), CASES)
 def test_scores(shape, kind, score_dtype):
     args, scales, wide = inputs(shape, kind)

@@ -197,6 +197,7 @@ def test_transformations():
     assert np.isfinite(np.asarray(tangents)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_sharded_over_the_batch_nothing_is_gathered(packed):
     (q, k, w), _, _ = operands("blocks")

@@ -110,6 +110,7 @@ def test_no_tensor_of_all_scores():
     assert "x1100xf32" in text and "600x1100xf32" not in text
 
 
+@pytest.mark.slow
 def test_transformations():
     arrays, top_k, options = operands("small")
     stacked = tuple(jnp.stack([x, -x]) for x in arrays)
@@ -129,6 +130,7 @@ def test_transformations():
     np.testing.assert_array_equal(jax.grad(value)(arrays[0]), np.ones(arrays[0].shape))
 
 
+@pytest.mark.slow
 def test_sharded_over_the_batch_nothing_is_gathered():
     arrays, top_k, options = operands("blocks")
     arrays = tuple(jnp.concatenate([x, -x]) for x in arrays)

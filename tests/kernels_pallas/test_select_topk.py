@@ -86,6 +86,7 @@ def kinds(rng, rows: int, size: int) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_of_many_blocks(implementation, dtype):

@@ -70,6 +70,7 @@ def test_rows_equal_a_hand_made_packing():
     assert [len(_Rows(stream[:n], 5, 0)) for n in (1, 2, 6, 7, 11, 12, 13)] == [0, 1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(sum),
     sequence_length=st.integers(1, 9),
