@@ -93,8 +93,8 @@ def outcome(folder: Path):
         lines = [dict(line) for line in read_metrics(folder / name)]
         for line in lines:
             assert line["seconds_per_step"] >= 0
-            for name in TIMED:
-                line.pop(name, None)
+            for timed in TIMED:
+                line.pop(timed, None)
         with Checkpointer(folder / name / "checkpoints") as checkpointer:
             found[name] = lines, checkpointer.restore(abstract, stop)
     return found
