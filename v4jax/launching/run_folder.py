@@ -23,7 +23,7 @@ import platform
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from v4jax.exit_codes import DONE, REFUSED
 from v4jax.launching.experiments import ROOT
@@ -54,11 +54,13 @@ class State:
     job: str | None = None
     error: str | None = None
 
-    def ended(self, code: int | None, *, interrupted: bool, retries: int, error: str = "") -> State:
+    def ended(
+        self, code: int | None, *, interrupted: bool, retries: int, error: Callable[[], str] = str
+    ) -> State:
         """The state after an attempt that ended with `code`, negative for a signal, None: unknown.
 
         A failed run is `pending` again up to `retries` times; not after bad input, and not one that
-        was `interrupted`: that is no failure. error: the last lines of the log, kept of a failure.
+        was `interrupted`: that is no failure. error: gives the last lines of the log, of a failure.
         """
         failed = code != DONE and not interrupted
         failures = self.failures + failed
@@ -70,7 +72,7 @@ class State:
             failures=failures,
             exit=code,
             finished=now(),
-            error=error if failed else None,
+            error=error() if failed else None,
         )
 
 

@@ -254,8 +254,12 @@ class _Loop:
             return
         going.folder.copy_log(ended=True)
         interrupted = code == AGAIN and self.is_further(going.run)
-        error = going.folder.tail() or _no_output(going.folder)
-        state = going.state.ended(code, interrupted=interrupted, retries=self.retries, error=error)
+        state = going.state.ended(
+            code,
+            interrupted=interrupted,
+            retries=self.retries,
+            error=lambda: going.folder.tail() or _no_output(going.folder),
+        )
         if state.state == "preempted":
             self.waiting.appendleft(going.run)
         elif state.state == "pending":

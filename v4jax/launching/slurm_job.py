@@ -105,7 +105,7 @@ def _attempts(
         # 143 without a signal to this process: Slurm ends the tasks, of a run that does not save.
         interrupted = bool(stopped) or code in (AGAIN, TERMINATED)
         signed = code if code <= 128 else 128 - code
-        state = state.ended(signed, interrupted=interrupted, retries=retries, error=folder.tail())
+        state = state.ended(signed, interrupted=interrupted, retries=retries, error=folder.tail)
         folder.write_state(state)
         print(f"{now()} {folder.path.name}: {state.state}, {ending(signed)}", flush=True)
         if state.state != "pending":
