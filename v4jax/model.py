@@ -29,7 +29,8 @@ class Output(NamedTuple):
     mtp_logits: float32 [B, T-1, V]; row t predicts token t+2. None without MTP.
     aux: {"layers": a tuple with a dict for each layer, "mtp": the MTP block's dict or None}. A
         dict holds `expert_load` [E], `balance_loss` (top-k layers), `index_loss` (CSA layers whose
-        rows hold a window) and, where collected, `streams`, `expert_ids` and `index`.
+        rows hold a window) and, where collected, `streams`, `maps`, `expert_ids`
+        and `index`.
     """
 
     logits: jax.Array

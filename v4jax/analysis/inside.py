@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -16,9 +16,7 @@ from kernels_pallas import select_topk
 from v4jax.analysis.figures import SHADES, Drawing, styled
 from v4jax.config import CSA
 from v4jax.layers import indexer
-from v4jax.layers.block import Block
 from v4jax.layers.context import make_context
-from v4jax.layers.hyper_connections import mix
 from v4jax.model import Transformer
 from v4jax.style import BLUE, FAINT, GREY, MARKERS
 
@@ -90,41 +88,22 @@ class Layer:
         return f"layer {self.number}, {KINDS[self.attention]}"
 
 
-def blocks(model: Transformer) -> Iterator[Block]:
-    """The model's layers in order, those that are stacked for a scan one by one."""
-    yield from model.layers
-    graphdef, state = nnx.split(model.units)
-    for i in range(model.config.schedule[2] if model.units else 0):
-        yield from nnx.merge(graphdef, jax.tree.map(lambda leaf, i=i: leaf[i], state))
-
-
 def walk(model: Transformer, tokens: jax.Array):
-    """`Transformer.__call__` up to the stream head, keeping what it computes on the way.
+    """The model's forward pass with what it keeps for analysis, and each CSA layer's selection.
 
     tokens int32 [B, T]. Returns the M streams [B, T, D] after the last layer, and for each layer
     (load, maps of the attention's hyper-connection, those of the experts', None or (scores,
     chosen)).
     """
-    cfg, found = model.config, []
-    with jax.default_matmul_precision("highest"):
-        ctx = make_context(cfg, tokens, index_formats=model.index_formats, collect=True)
-        embedded = model.embed_tokens.weight[...][tokens].astype(model.dtype)
-        streams = (embedded,) * cfg.hc_mult
-        for block in blocks(model):  # as `Block.__call__`
-            attention_maps = block.attn_hc.maps(streams)
-            x, post, comb = block.attn_hc(streams)
-            y, aux = block.self_attn(block.input_layernorm(x), ctx)
-            streams = mix(streams, y, post, comb)
-            expert_maps = block.ffn_hc.maps(streams)
-            x, post, comb = block.ffn_hc(streams)
-            y, moe_aux = block.mlp(block.post_attention_layernorm(x), ctx)
-            streams = mix(streams, y, post, comb)
-            selection = None
-            if "index" in aux:
-                scores = indexer.scores(aux["index"]["operands"], ctx)
-                selection = scores, select_topk(scores, cfg.index_topk, output="mask")
-            found.append((moe_aux["expert_load"], attention_maps, expert_maps, selection))
-    return streams, found
+    ctx = make_context(model.config, tokens, index_formats=model.index_formats)
+    kept, found = model(tokens, collect=True).aux["layers"], []
+    for layer in kept:
+        selection = None
+        if "index" in layer:
+            scores = indexer.scores(layer["index"]["operands"], ctx)
+            selection = scores, select_topk(scores, model.config.index_topk, output="mask")
+        found.append((layer["expert_load"], *layer["maps"], selection))
+    return kept[-1]["streams"], found
 
 
 def look_inside(model: Transformer, tokens) -> list[Layer]:

@@ -37,13 +37,14 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             y, attention_aux = self.self_attn(self.input_layernorm(x), ctx)
         with jax.named_scope("hyper_connection"):
-            streams = mix(streams, y, post, comb)
-            x, post, comb = self.ffn_hc(streams)
+            between = mix(streams, y, post, comb)
+            x, post, comb = self.ffn_hc(between)
         with jax.named_scope("moe"):
             y, moe_aux = self.mlp(self.post_attention_layernorm(x), ctx)
         with jax.named_scope("hyper_connection"):
-            streams = mix(streams, y, post, comb)
+            after = mix(between, y, post, comb)
         aux = attention_aux | moe_aux
         if ctx.collect:
-            aux["streams"] = streams
-        return streams, aux
+            maps = self.attn_hc.maps(streams), self.ffn_hc.maps(between)
+            aux |= {"streams": after, "maps": maps}
+        return after, aux
