@@ -4,7 +4,7 @@ Level and trend of the loss are those of a straight line through the past losses
 squares in which each counts `decay` times as much as the next, so that a loss that falls steeply
 is not taken for noise:
 
-    z = (loss - the line's next value) / sigma,   sigma = 1.4826 x the median of the last |residuals|
+    z = (loss - the next value of the line) / sigma,   sigma = 1.4826 x median of |last residuals|
 
 A spike is a z above `threshold`; its onset is the first step of the unbroken run of z above
 `suspect` that led to it. What is suspect is not learned from, or a slow rise would hide itself,
