@@ -67,7 +67,8 @@ class SpikeState(NamedTuple):
     @classmethod
     def from_json(cls, fields: list) -> SpikeState:
         """Of what JSON makes of a state: a list, with lists for tuples."""
-        return cls(*(tuple(x) if isinstance(x, list) else x for x in fields))
+        seen, sums, residuals, *rest = fields
+        return cls(seen, tuple(sums), tuple(residuals), *rest)
 
 
 class Spike(NamedTuple):
