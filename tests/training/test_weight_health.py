@@ -1,14 +1,20 @@
 """Health of FP4 weights against counters in numpy over ml_dtypes, element by element."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.training import tiny
+from v4jax.model import Transformer
 from v4jax.numerics import FORMATS, MXFP4, MXFP4_FLOOR
+from v4jax.quantization import ALL_LINEARS, NO_QUANTIZATION, PARTS, Quantization, flat_paths
 from v4jax.training import weight_health
 
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -141,6 +147,36 @@ def test_a_weight_that_does_not_move_is_still(seed):
     assert float(found["update_over_bin"]) == 0
     state = track(weight_health.fresh(jnp.asarray(before)), before, before, MXFP4, 0.01)
     assert not any(np.any(x) for x in state)
+
+
+def test_a_run_is_watched_by_parts():
+    """Parts add up over their weights; the masters of a whole step of the tiny model."""
+    model = tiny.model()
+    params = nnx.to_pure_dict(nnx.state(Transformer(model, rngs=nnx.Rngs(0)), nnx.Param))
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + 0.01 * rng.standard_normal(x.shape, np.float32), params)
+    watch = weight_health.Watch(ALL_LINEARS, params)
+    kept = watch.keep(params)
+    found = watch.measure(kept, moved)
+    parts = {name.split("/")[1] for name in found}
+    assert parts == {
+        "routed_experts", "shared_experts", "attention", "MTP_projections",
+    }  # fmt: skip
+    before, after = flat_paths(params), flat_paths(moved)
+    for part in ("routed_experts", "MTP_projections"):
+        name = next(name for name in PARTS if name.replace(" ", "_") == part)
+        paths = [path for path in before if re.fullmatch(PARTS[name][0], path)]
+        assert len(paths) > 1
+        a, b = (
+            np.concatenate([np.asarray(x[path]).reshape(-1, 32) for path in paths])
+            for x in (before, after)
+        )
+        for kind, value in measure(a, b, MXFP4).items():
+            assert float(found[f"fp4/{part}/{kind}"]) == pytest.approx(float(value), rel=1e-5), kind
+    assert set(kept) == {path for path in before if any(
+        re.fullmatch(pattern, path) for pattern, _ in PARTS.values())}  # fmt: skip
+    assert not weight_health.Watch(NO_QUANTIZATION, params)
+    assert not weight_health.Watch(Quantization(((r".*/experts/.*", "fp8_128x128"),)), params)
 
 
 def test_gradients_are_compared():

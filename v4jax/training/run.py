@@ -64,6 +64,7 @@ from v4jax.training.schedule import ScheduleConfig, learning_rate_scale
 from v4jax.training.step import Objective, Program, TrainState, make_train_step, split_model
 from v4jax.training.tokenizer import Tokenizer
 from v4jax.training.trackers import open_trackers
+from v4jax.training.weight_health import Watch
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -300,6 +301,7 @@ def train(
             print(quantization_note(quantization, trainer.params), flush=True)
         update, start = trainer.step(quantization), branch.step if branch else 0
         lossless = lossless_share(quantization, trainer.params)
+        watch = Watch(quantization, trainer.params)
         main = distributed.is_main()
         trackers = open_trackers(pace.trackers, folder, config.to_dict()) if main else ()
         if main:
@@ -309,17 +311,20 @@ def train(
         steps = range(first + 1, stop + 1)
         with Observer(folder, steps, trainer.work, pace.profile, trackers) as observer:
             for step in observer.steps():
+                logs = step % pace.log_every == 0 or step in (start + 1, stop)
+                before = watch.keep(state.params) if watch and logs else {}
                 state, metrics = update(state, *trainer.batch(step - 1))
                 observer.saw(step, metrics)
                 preempted = distributed.preempted()
                 ends = preempted or step == stop
-                logs = step % pace.log_every == 0 or step in (start + 1, stop)
                 saves = step % pace.save_every == 0 or ends or step in pace.keep
                 if logs or saves:
                     require_finite(metrics, f"{folder.name}, step {step}")
                 if logs:
                     if lossless is not None:
                         metrics["fp8_lossless_share"] = lossless(state.params)
+                    if watch:
+                        metrics |= watch.measure(before, state.params)
                     observer.log(step, metrics)
                 if saves:
                     observer.settle()

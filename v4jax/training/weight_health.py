@@ -3,20 +3,24 @@
 A weight w is held as value q times block scale s. Its bins are the intervals that round to one
 value; E2M1's are 0.5 wide around 0 to 1.5, and 0.75, 1, 1.5 and 2 around 2, 3, 4 and 6.
 
-`measure` compares two masters, one step apart. `track` follows oscillation, which needs a memory
-of every element: Nagel et al. (ICML 2022) count changes of q against the direction of the one
-before; TetraJet-v2 divides the way that the rounded weight went by the way of the master.
+`Watch` compares the masters of a run before and after one update. `track` follows oscillation, which
+needs a memory of every element: Nagel et al. (ICML 2022) count changes of q against the direction of
+the one before; TetraJet-v2 divides the way that the rounded weight went by the way of the master.
 Changes of a block's scale are counted apart: one changes what all of its values mean.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from v4jax.numerics import Format, blocks, dequantize, quantize
+from v4jax.quantization import PARTS, Quantization, flat_paths, resolve
 
 BOUNDARIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 """Where the rounding of |w| / s to E2M1 changes its result."""
@@ -51,34 +55,96 @@ def hold(weight: Array, fmt: Format) -> Held:
     )
 
 
-def measure(before: Array, after: Array, fmt: Format) -> dict[str, Array]:
-    """Shares, float32 [], of one weight [..., n] before and after an update:
+def count(before: Array, after: Array, fmt: Format) -> dict[str, Array]:
+    """Sums over one weight [..., n], before and after an update, that `shares` divides; float32 [].
 
-    flipped: elements whose value changed while their scale did not. scale_flipped: elements whose
-    scale changed. at_edge, saturated (|w| > 6 s), underflowing (rounded to 0, not 0): of `after`.
-    snr_db: 10 log10 of |w|^2 over the rounding error's, of `after`. update_over_bin: mean |change|
-    over the width of the bin that `before` was in.
+    Those of several weights may be added.
     """
     was, now = hold(before, fmt), hold(after, fmt)
     rescaled = was.scale != now.scale
     ratio = jnp.abs(after) / now.scale
-    width = bin_width(jnp.abs(now.value))
     nearest = jnp.min(jnp.stack([jnp.abs(ratio - edge) for edge in BOUNDARIES]), axis=0)
-    error = jnp.sum(jnp.square(after - now.rounded))
     bins = bin_width(jnp.abs(was.value)) * was.scale
-
-    def share(mask: Array) -> Array:
-        return jnp.mean(mask, dtype=jnp.float32)
-
-    return {
-        "flipped": share((was.value != now.value) & ~rescaled),
-        "scale_flipped": share(rescaled),
-        "at_edge": share(nearest < EDGE * width),
-        "saturated": share(ratio > LARGEST),
-        "underflowing": share((now.value == 0) & (after != 0)),
-        "snr_db": 10 * jnp.log10(jnp.sum(jnp.square(after)) / jnp.maximum(error, 1e-38)),
-        "update_over_bin": jnp.mean(jnp.abs(after - before) / bins),
+    found = {
+        "elements": jnp.ones(before.shape),
+        "flipped": (was.value != now.value) & ~rescaled,
+        "scale_flipped": rescaled,
+        "at_edge": nearest < EDGE * bin_width(jnp.abs(now.value)),
+        "saturated": ratio > LARGEST,
+        "underflowing": (now.value == 0) & (after != 0),
+        "update_over_bin": jnp.abs(after - before) / bins,
+        "power": jnp.square(after),
+        "error": jnp.square(after - now.rounded),
     }
+    return {name: jnp.sum(x, dtype=jnp.float32) for name, x in found.items()}
+
+
+def shares(counted: Mapping[str, Array]) -> dict[str, Array]:
+    """Of what `count` found, or several of these added, float32 []:
+
+    flipped: share of elements whose value changed while their scale did not. scale_flipped: of
+    those whose scale changed. at_edge, saturated (|w| > 6 s), underflowing (rounded to 0, but not 0): of
+    elements after the update. update_over_bin: mean |change| over the width of the bin that the
+    element was in. snr_db: 10 log10 of |w|^2 over the rounding error's.
+    """
+    elements, power, error = (counted[name] for name in ("elements", "power", "error"))
+    found = {
+        name: x / elements
+        for name, x in counted.items()
+        if name not in ("elements", "power", "error")
+    }
+    return found | {"snr_db": 10 * jnp.log10(power / jnp.maximum(error, 1e-38))}
+
+
+def measure(before: Array, after: Array, fmt: Format) -> dict[str, Array]:
+    """`shares` of one weight."""
+    return shares(count(before, after, fmt))
+
+
+class Watch:
+    """Measures a run's FP4 weights over single updates, by the parts of `quantization.PARTS`.
+
+    `keep` copies them before an update, `measure` compares: {"fp4/routed_experts/flipped": ...}.
+    False where a quantization has no FP4 weights.
+    """
+
+    def __init__(self, quantization: Quantization, params: Any):
+        resolved = resolve(quantization, params)
+        formats = {path: fmt for path, fmt in resolved.weights.items() if fmt.bits == 4}
+        self._formats = formats
+        self._copy = jax.jit(lambda params: {p: flat_paths(params)[p] for p in formats})
+        self._measure = jax.jit(self._by_part)
+
+    def __bool__(self) -> bool:
+        return bool(self._formats)
+
+    def keep(self, params: Any) -> dict[str, Array]:
+        """Copies: a training step gives its parameters away."""
+        return jax.tree.map(jnp.copy, self._copy(params))
+
+    def measure(self, before: Mapping[str, Array], params: Any) -> dict[str, Array]:
+        """By part and name of `shares`, for the update from `before` to `params`."""
+        return self._measure(before, params)
+
+    def _by_part(self, before: Mapping[str, Array], params: Any) -> dict[str, Array]:
+        after = flat_paths(params)
+        sums: dict[str, dict[str, Array]] = {}
+        for path, fmt in self._formats.items():
+            part = _part(path)
+            found = count(before[path], after[path], fmt)
+            known = sums.get(part)
+            sums[part] = found if known is None else jax.tree.map(jnp.add, known, found)
+        return {
+            f"fp4/{part}/{name}": value
+            for part, counted in sums.items()
+            for name, value in shares(counted).items()
+        }
+
+
+def _part(path: str) -> str:
+    """The part that a weight belongs to, as a metric's name has it."""
+    found = (name for name, (pattern, _) in PARTS.items() if re.fullmatch(pattern, path))
+    return next(found, "others").replace(" ", "_")
 
 
 def bin_width(value: Array) -> Array:
