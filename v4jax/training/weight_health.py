@@ -3,9 +3,10 @@
 A weight w is held as value q times block scale s. Its bins are the intervals that round to one
 value; E2M1's are 0.5 wide around 0 to 1.5, and 0.75, 1, 1.5 and 2 around 2, 3, 4 and 6.
 
-`Watch` compares the masters of a run before and after one update. `track` follows oscillation, which
-needs a memory of every element: Nagel et al. (ICML 2022) count changes of q against the direction of
-the one before; TetraJet-v2 divides the way that the rounded weight went by the way of the master.
+`Watch` compares the masters of a run before and after one update. `track` follows oscillation,
+which needs a memory of every element: Nagel et al. (ICML 2022) count changes of q against the
+direction of the one before; TetraJet-v2 divides the way that the rounded weight went by the way of
+the master.
 Changes of a block's scale are counted apart: one changes what all of its values mean.
 """
 
@@ -83,8 +84,8 @@ def shares(counted: Mapping[str, Array]) -> dict[str, Array]:
     """Of what `count` found, or several of these added, float32 []:
 
     flipped: share of elements whose value changed while their scale did not. scale_flipped: of
-    those whose scale changed. at_edge, saturated (|w| > 6 s), underflowing (rounded to 0, but not 0): of
-    elements after the update. update_over_bin: mean |change| over the width of the bin that the
+    those whose scale changed. at_edge, saturated (|w| > 6 s), underflowing (rounded to 0, but not
+    0): of elements after the update. update_over_bin: mean |change| over the width of the bin that the
     element was in. snr_db: 10 log10 of |w|^2 over the rounding error's.
     """
     elements, power, error = (counted[name] for name in ("elements", "power", "error"))
