@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from v4jax.training.spikes import SpikeConfig, SpikeState, observe, predicted
+from v4jax.training.spikes import SpikeConfig, SpikeState, SpikeWatch, observe, predicted
 
 CONFIG = SpikeConfig()
 
@@ -100,6 +100,23 @@ def test_json_keeps_every_bit():
     read = SpikeState.from_json(json.loads(json.dumps(half)))
     rest = [observe(CONFIG, half, 241, losses[240]), observe(CONFIG, read, 241, losses[240])]
     assert rest[0] == rest[1] and read == half and rest[0][1] is None
+
+
+@pytest.mark.parametrize("saves", [1, 7, 1000])
+def test_a_watch_tells_the_same_however_often_it_is_saved_and_read_again(saves):
+    """A run of 300 steps that is stopped at every checkpoint: the states go through JSON."""
+    losses = falling(2, 300, noise=0.01)
+    losses[200:215] *= 1.3
+    expected, whole = run(losses)
+    watch, told = SpikeWatch(), []
+    for step, loss in enumerate(losses, 1):
+        ends = step % saves == 0 or step == 300
+        spike = watch.saw(step, loss, wait=ends)
+        told += [spike] if spike else []
+        if ends:
+            watch = SpikeWatch(json.loads(json.dumps(watch.state)))
+    assert told == expected and len(told) == 1
+    assert watch.state == whole
 
 
 @pytest.mark.parametrize(

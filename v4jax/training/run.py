@@ -61,6 +61,7 @@ from v4jax.training.run_config import (
     write_source,
 )
 from v4jax.training.schedule import ScheduleConfig, learning_rate_scale
+from v4jax.training.spikes import SpikeWatch
 from v4jax.training.step import Objective, Program, TrainState, make_train_step, split_model
 from v4jax.training.tokenizer import Tokenizer
 from v4jax.training.trackers import open_trackers
@@ -292,7 +293,7 @@ def train(
     with checkpointer:
         if max([*checkpointer.steps(), branch.step if branch else 0]) < stop:
             trainer.start_compiling(quantization)  # while the state is made or read
-        state, first = _state_to_go_on_from(trainer, checkpointer, config, branch)
+        state, first, meta = _state_to_go_on_from(trainer, checkpointer, config, branch)
         if first > stop:
             raise ValueError(f"{folder} is at step {first} already, past step {stop}")
         if first == stop:
@@ -302,6 +303,7 @@ def train(
         update, start = trainer.step(quantization), branch.step if branch else 0
         lossless = lossless_share(quantization, trainer.params)
         watch = Watch(quantization, trainer.params)
+        spikes = SpikeWatch(meta.get("spikes"))
         main = distributed.is_main()
         trackers = open_trackers(pace.trackers, folder, config.to_dict()) if main else ()
         if main:
@@ -318,17 +320,22 @@ def train(
                 preempted = distributed.preempted()
                 ends = preempted or step == stop
                 saves = step % pace.save_every == 0 or ends or step in pace.keep
+                spike = spikes.saw(step, metrics["loss"], wait=saves)
+                if spike:
+                    distributed.say(f"{folder.name}: {spike}")
+                    metrics |= {"spike_onset": spike.onset, "spike_z": spike.z}
+                logs = logs or spike is not None
                 if logs or saves:
                     require_finite(metrics, f"{folder.name}, step {step}")
                 if logs:
                     if lossless is not None:
                         metrics["fp8_lossless_share"] = lossless(state.params)
-                    if watch:
+                    if before:
                         metrics |= watch.measure(before, state.params)
                     observer.log(step, metrics)
                 if saves:
                     observer.settle()
-                    meta = {"config": config.to_dict()}
+                    meta = {"config": config.to_dict(), "spikes": spikes.state}
                     checkpointer.save(step, state, meta, wait=ends)
                 if preempted:
                     raise distributed.Preempted(
@@ -349,8 +356,8 @@ def require_finite(metrics: Mapping[str, jax.Array], where: str) -> None:
 
 def _state_to_go_on_from(
     trainer: Trainer, checkpointer: Checkpointer, config: RunConfig, branch: Branch | None
-) -> tuple[TrainState, int]:
-    """The run's newest whole checkpoint, else the branch's, else step 0; and its step."""
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The run's newest whole checkpoint, else the branch's, else step 0; its step and its meta."""
     try:
         restored = checkpointer.restore(trainer.abstract_state())
     except DamagedError as error:  # the bits come out the same, only later
@@ -364,8 +371,8 @@ def _state_to_go_on_from(
     step = 0 if restored is None else restored.step
     distributed.agree(step, f"{checkpointer.folder}: the newest step")
     if restored is None:
-        return trainer.initial_state(), 0
-    return restored.state, restored.step
+        return trainer.initial_state(), 0, {}
+    return restored.state, restored.step, restored.meta
 
 
 def read_run_config(folder: str | pathlib.Path) -> RunConfig:

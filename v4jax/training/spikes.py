@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,9 @@ class SpikeConfig:
                 )
 
 
+DEFAULT = SpikeConfig()
+
+
 class SpikeState(NamedTuple):
     """What the detector remembers: numbers alone, so JSON keeps every bit of it.
 
@@ -77,6 +80,9 @@ class Spike(NamedTuple):
     step: int
     onset: int
     z: float
+
+    def __str__(self) -> str:
+        return f"loss spike at step {self.step}, {self.z:.1f} sigma, since step {self.onset}"
 
 
 def observe(
@@ -130,3 +136,31 @@ def _moved(config: SpikeConfig, sums: tuple[float, ...]) -> tuple[float, ...]:
 
 def _passed_over(config: SpikeConfig, state: SpikeState) -> SpikeState:
     return state._replace(sums=_moved(config, state.sums))
+
+
+class SpikeWatch:
+    """Follows the losses of a run one step behind, so that no step waits for its own.
+
+    state: what a checkpoint keeps, as JSON; None: a run that begins.
+    """
+
+    def __init__(self, state: list | None = None, config: SpikeConfig = DEFAULT):
+        self._config = config
+        self.state = SpikeState() if state is None else SpikeState.from_json(state)
+        self._waiting: tuple[int, Any] | None = None
+
+    def saw(self, step: int, loss: Any, wait: bool = False) -> Spike | None:
+        """Call after each step with its loss, an array; the spike that the step before completed,
+        or with `wait`, before the state is kept, this one too."""
+        found = self._look()
+        self._waiting = step, loss
+        own = self._look() if wait else None
+        return found or own
+
+    def _look(self) -> Spike | None:
+        if self._waiting is None:
+            return None
+        step, loss = self._waiting
+        self._waiting = None
+        self.state, spike = observe(self._config, self.state, step, float(loss))
+        return spike

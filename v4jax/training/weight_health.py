@@ -85,8 +85,8 @@ def shares(counted: Mapping[str, Array]) -> dict[str, Array]:
 
     flipped: share of elements whose value changed while their scale did not. scale_flipped: of
     those whose scale changed. at_edge, saturated (|w| > 6 s), underflowing (rounded to 0, but not
-    0): of elements after the update. update_over_bin: mean |change| over the width of the bin that the
-    element was in. snr_db: 10 log10 of |w|^2 over the rounding error's.
+    0): of elements after the update. update_over_bin: mean |change| over the width of the bin that
+    the element was in. snr_db: 10 log10 of |w|^2 over the rounding error's.
     """
     elements, power, error = (counted[name] for name in ("elements", "power", "error"))
     found = {
