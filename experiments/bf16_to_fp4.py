@@ -100,9 +100,9 @@ def configure(vocab_size: int, data: str, seed: int):
 
     from v4jax import presets
     from v4jax.training.optimizer import OptimizerConfig
-    from v4jax.training.run import RunConfig
     from v4jax.training.schedule import ScheduleConfig
     from v4jax.training.step import Objective
+    from v4jax.training.trainer import RunConfig
 
     model = presets.PRESETS[PRESET.value](vocab_size)
     on_cpu = jax.default_backend() == "cpu"

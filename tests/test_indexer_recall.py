@@ -18,7 +18,7 @@ from v4jax.analysis.recall import Kept
 from v4jax.quantization import PAPER
 from v4jax.training.corpus import load_corpus, split
 from v4jax.training.data import Dataset, EvalWindows
-from v4jax.training.run import Pace
+from v4jax.training.observe import Pace
 from v4jax.training.switch import run_arms
 from v4jax.training.tokenizer import get_tokenizer
 

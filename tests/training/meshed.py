@@ -8,7 +8,7 @@ from tests.jax_model import quick_jit
 from tests.training import tiny
 from v4jax import parallel
 from v4jax.config import CSA
-from v4jax.training.run import Trainer
+from v4jax.training.trainer import Trainer
 
 ROWS, LENGTH = 8, 29
 """Of no axis of a parameter is the length a factor, nor the number of CSA's entries, 7."""

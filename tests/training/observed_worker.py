@@ -12,7 +12,8 @@ import time
 
 from tests.training import tiny
 from v4jax.training import whereabouts
-from v4jax.training.run import Pace, train
+from v4jax.training.observe import Pace
+from v4jax.training.run import train
 
 
 def main(folder: pathlib.Path, what: str) -> None:

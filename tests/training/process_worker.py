@@ -12,7 +12,8 @@ import time
 from tests.training import meshed
 from v4jax import distributed, parallel
 from v4jax.training.files import as_path
-from v4jax.training.run import Pace, train
+from v4jax.training.observe import Pace
+from v4jax.training.run import train
 
 PACE = Pace(log_every=1, save_every=4)
 

@@ -16,7 +16,8 @@ from v4jax.quantization import PAPER
 from v4jax.training import checkpoint
 from v4jax.training.checkpoint import Checkpointer
 from v4jax.training.files import as_path
-from v4jax.training.run import Branch, Pace, train
+from v4jax.training.observe import Pace
+from v4jax.training.run import Branch, train
 
 SWITCH, STEPS = tiny.SWITCH, tiny.STEPS
 PACE = Pace(log_every=2, save_every=3, keep=(SWITCH,))

@@ -103,20 +103,18 @@ def test_json_keeps_every_bit():
 
 
 @pytest.mark.parametrize("saves", [1, 7, 1000])
-def test_a_watch_tells_the_same_however_often_it_is_saved_and_read_again(saves):
-    """A run of 300 steps that is stopped at every checkpoint: the states go through JSON."""
+def test_a_watch_tells_the_same_however_often_it_is_kept_and_read_again(saves):
+    """A run of 300 steps that is ended at every checkpoint; what is kept goes through JSON."""
     losses = falling(2, 300, noise=0.01)
     losses[200:215] *= 1.3
-    expected, whole = run(losses)
+    (expected,), whole = run(losses)
     watch, told = SpikeWatch(), []
     for step, loss in enumerate(losses, 1):
-        ends = step % saves == 0 or step == 300
-        spike = watch.saw(step, loss, wait=ends)
-        told += [spike] if spike else []
-        if ends:
-            watch = SpikeWatch(json.loads(json.dumps(watch.state)))
-    assert told == expected and len(told) == 1
-    assert watch.state == whole
+        told += [(step, spike)] if (spike := watch.saw(step, loss)) else []
+        if step % saves == 0:
+            watch = SpikeWatch(json.loads(json.dumps(watch.keep())))
+    assert told == [(expected.step + 1, expected)]
+    assert watch.keep() == [whole, None]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ from tests.training.tiny import TIMED
 from v4jax.quantization import NO_QUANTIZATION, PAPER
 from v4jax.training import run_config, switch
 from v4jax.training.metrics import read_metrics
-from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
+from v4jax.training.observe import Pace
+from v4jax.training.run import Branch, read_run_config, train
 from v4jax.training.run_config import config_hash, write_config
 from v4jax.training.switch import check_fit, parse_branch, run_arms, shared_pretraining
+from v4jax.training.trainer import Trainer
 
 SWITCH, STEPS = tiny.SWITCH, tiny.STEPS
 PACE = Pace(log_every=1, save_every=6)

@@ -11,10 +11,10 @@ from v4jax.config import CSA, CompressRates, ModelConfig
 from v4jax.training.corpus import Corpus, split
 from v4jax.training.data import Dataset
 from v4jax.training.optimizer import OptimizerConfig
-from v4jax.training.run import RunConfig, Trainer
 from v4jax.training.schedule import ScheduleConfig
 from v4jax.training.step import Objective
 from v4jax.training.tokenizer import Tokenizer, get_tokenizer
+from v4jax.training.trainer import RunConfig, Trainer
 
 LENGTH, BATCH_SIZE = 32, 2
 STEPS, SWITCH = 24, 12

@@ -28,8 +28,8 @@ from v4jax.quantization import (
     quantized,
 )
 from v4jax.training.metrics import read_metrics
-from v4jax.training.run import Trainer
 from v4jax.training.switch import Arms
+from v4jax.training.trainer import Trainer
 
 PART_WINDOWS = 256  # of the gaps part by part
 CHOICE_WINDOWS = 64  # of recall and router agreement

@@ -16,10 +16,10 @@ from v4jax.config import CSA, HCA, SLIDING, CompressRates, ModelConfig
 from v4jax.quantization import NO_QUANTIZATION, PAPER, Quantization
 from v4jax.training.data import Batch
 from v4jax.training.optimizer import OptimizerConfig
-from v4jax.training.run import RunConfig, Trainer
 from v4jax.training.schedule import ScheduleConfig
 from v4jax.training.step import Objective, losses
 from v4jax.training.tokenizer import Tokenizer
+from v4jax.training.trainer import RunConfig, Trainer
 
 BATCH, LENGTH = 4, 256
 CONFIG = ModelConfig(

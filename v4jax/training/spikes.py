@@ -141,26 +141,31 @@ def _passed_over(config: SpikeConfig, state: SpikeState) -> SpikeState:
 class SpikeWatch:
     """Follows the losses of a run one step behind, so that no step waits for its own.
 
-    state: what a checkpoint keeps, as JSON; None: a run that begins.
+    kept: what `keep` gave at the checkpoint that the run goes on from; None: it begins.
     """
 
-    def __init__(self, state: list | None = None, config: SpikeConfig = DEFAULT):
+    def __init__(self, kept: list | None = None, config: SpikeConfig = DEFAULT):
+        state, spike = kept or (None, None)
         self._config = config
-        self.state = SpikeState() if state is None else SpikeState.from_json(state)
+        self._state = SpikeState() if state is None else SpikeState.from_json(state)
+        self._spike = None if spike is None else Spike(*spike)
         self._waiting: tuple[int, Any] | None = None
 
-    def saw(self, step: int, loss: Any, wait: bool = False) -> Spike | None:
-        """Call after each step with its loss, an array; the spike that the step before completed,
-        or with `wait`, before the state is kept, this one too."""
-        found = self._look()
+    def saw(self, step: int, loss: Any) -> Spike | None:
+        """Call after each step with its loss, an array: the spike that the step before completed."""
+        self._look()
+        found, self._spike = self._spike, None
         self._waiting = step, loss
-        own = self._look() if wait else None
-        return found or own
+        return found
 
-    def _look(self) -> Spike | None:
-        if self._waiting is None:
-            return None
-        step, loss = self._waiting
-        self._waiting = None
-        self.state, spike = observe(self._config, self.state, step, float(loss))
-        return spike
+    def keep(self) -> list:
+        """The state for a checkpoint, of JSON's types. Waits for the loss of the last step; a spike
+        there is told after the next one, as it would have been."""
+        self._look()
+        return [self._state, self._spike]
+
+    def _look(self) -> None:
+        if self._waiting is not None:
+            step, loss = self._waiting
+            self._waiting = None
+            self._state, self._spike = observe(self._config, self._state, step, float(loss))

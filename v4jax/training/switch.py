@@ -25,10 +25,12 @@ from v4jax.training import checkpoint_files
 from v4jax.training.checkpoint import Checkpointer
 from v4jax.training.files import as_path, in_bucket
 from v4jax.training.metrics import MetricsWriter
-from v4jax.training.run import Branch, Pace, Trainer, read_run_config, train
+from v4jax.training.observe import Pace
+from v4jax.training.run import Branch, read_run_config, train
 from v4jax.training.run_config import check_config, read_config, same_source, write_atomically
 from v4jax.training.schedule import phase
 from v4jax.training.step import TrainState
+from v4jax.training.trainer import Trainer
 
 
 def arm_name(scope: str) -> str:
