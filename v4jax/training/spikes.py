@@ -152,7 +152,7 @@ class SpikeWatch:
         self._waiting: tuple[int, Any] | None = None
 
     def saw(self, step: int, loss: Any) -> Spike | None:
-        """Call after each step with its loss, an array: the spike that the step before completed."""
+        """Call after each step, with its loss, an array: the spike that the last step completed."""
         self._look()
         found, self._spike = self._spike, None
         self._waiting = step, loss
