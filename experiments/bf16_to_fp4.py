@@ -101,8 +101,8 @@ def configure(vocab_size: int, data: str, seed: int):
     from v4jax import presets
     from v4jax.training.optimizer import OptimizerConfig
     from v4jax.training.schedule import ScheduleConfig
-    from v4jax.training.step import Objective
-    from v4jax.training.trainer import RunConfig
+    from v4jax.training.losses import Objective
+    from v4jax.training.settings import RunConfig
 
     model = presets.PRESETS[PRESET.value](vocab_size)
     on_cpu = jax.default_backend() == "cpu"
@@ -186,7 +186,7 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     config = configure(tokenizer.vocab_size, dataset.hash, seed)
     share = parallel.share(mesh)
     batches = dataset.batches(config.sequence_length, config.batch_size, seed, *share)
-    trainer = run.Trainer(config, batches, dataset.token_counts(), tokenizer, mesh)
+    trainer = run.Trainer(config, batches.rows, dataset.token_counts(), tokenizer, mesh)
     say(provenance.describe(trainer, dataset))
     arms = switch.run_arms(
         trainer,

@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
     dataset = Dataset.build(train.documents, tokenizer)
     config = dataclasses.replace(tiny.config(dataset.hash), schedule=tiny.schedule(STEPS))
     batches = dataset.batches(config.sequence_length, config.batch_size, 0)
-    trainer = tiny.QuickTrainer(config, batches, dataset.token_counts(), tokenizer)
+    trainer = tiny.QuickTrainer(config, batches.rows, dataset.token_counts(), tokenizer)
     folder = tmp_path_factory.mktemp("runs")
     run_arms(trainer, folder, switch_step=2, scopes={"paper": PAPER}, pace=Pace(save_every=2))
     return text, folder

@@ -19,7 +19,7 @@ from v4jax.training.data import Dataset
 from v4jax.training.optimizer import OptimizerConfig
 from v4jax.training.run import RunConfig, Trainer, load_run, train
 from v4jax.training.schedule import ScheduleConfig
-from v4jax.training.step import Objective
+from v4jax.training.losses import Objective
 from v4jax.training.tokenizer import get_tokenizer
 
 command.cache_compilations()  # the second time, nothing compiles
@@ -61,7 +61,7 @@ def small_run(folder: pathlib.Path, steps: int = 40) -> None:
         seed=0,
         data=data.hash,
     )
-    trainer = Trainer(config, data.batches(128, 4, 0), data.token_counts(), tokenizer)
+    trainer = Trainer(config, data.batches(128, 4, 0).rows, data.token_counts(), tokenizer)
     train(trainer, folder, stop=steps)
 
 

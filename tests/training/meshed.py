@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from tests.jax_model import quick_jit
 from tests.training import tiny
 from v4jax import parallel
 from v4jax.config import CSA
@@ -12,14 +11,6 @@ from v4jax.training.trainer import Trainer
 
 ROWS, LENGTH = 8, 29
 """Of no axis of a parameter is the length a factor, nor the number of CSA's entries, 7."""
-
-
-class MeshTrainer(tiny.QuickTrainer):
-    """A QuickTrainer that makes its state where it belongs."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self._new = quick_jit(self._initial_state, out_shardings=self.shardings)
 
 
 def model():
@@ -38,4 +29,4 @@ def trainer(mesh: Mesh | None, **changes) -> Trainer:
     fields = {"model": model(), "batch_size": ROWS, "sequence_length": LENGTH}
     run = tiny.config(dataset.hash, **fields | changes)
     batches = dataset.batches(run.sequence_length, run.batch_size, run.seed, *parallel.share(mesh))
-    return MeshTrainer(run, batches, dataset.token_counts(), tokenizer, mesh)
+    return tiny.QuickTrainer(run, batches.rows, dataset.token_counts(), tokenizer, mesh)

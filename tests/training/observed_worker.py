@@ -27,14 +27,14 @@ def main(folder: pathlib.Path, what: str) -> None:
         print("done", flush=True)
         return
     trainer = tiny.trainer()
-    batches = trainer.batches
+    rows = trainer.rows
 
-    def slow_batches(step):
-        print("step", step, flush=True)
+    def slow_rows(first, count):
+        print("step", first // count, flush=True)
         time.sleep(0.1)
-        return batches(step)
+        return rows(first, count)
 
-    trainer.batches = slow_batches
+    trainer.rows = slow_rows
     train(trainer, folder, stop=8, pace=Pace(log_every=1))
     print("done", flush=True)
 

@@ -21,14 +21,14 @@ PACE = Pace(log_every=1, save_every=4)
 def main(folder: pathlib.Path, stop: int, pause: float = 0.0) -> None:
     distributed.start()
     trainer = meshed.trainer(parallel.make_mesh(None))
-    batches = trainer.batches
+    rows = trainer.rows
 
-    def spoken_batches(step):
+    def spoken_rows(first, count):
         time.sleep(pause)
-        print("step", step + 1, flush=True)
-        return batches(step)
+        print("step", first // count + 1, flush=True)
+        return rows(first, count)
 
-    trainer.batches = spoken_batches
+    trainer.rows = spoken_rows
     train(trainer, folder, stop=stop, pace=PACE)
     print("done", flush=True)
 

@@ -55,13 +55,13 @@ def speak_of_checkpoints(die_before: int | None) -> None:
 def main(folder: pathlib.Path, die_before: int | None = None) -> None:
     speak_of_checkpoints(die_before)
     shared = tiny.trainer()
-    batches = shared.batches
+    rows = shared.rows
 
-    def spoken_batches(step):
-        say("step", step + 1)
-        return batches(step)
+    def spoken_rows(first, count):
+        say("step", first // count + 1)
+        return rows(first, count)
 
-    shared.batches = spoken_batches
+    shared.rows = spoken_rows
     train(shared, folder / "pretrain", stop=SWITCH, pace=PACE)
     branch = Branch(folder / "pretrain", SWITCH)
     train(shared, folder / "qat", stop=STEPS, branch=branch, quantization=PAPER, pace=PACE)

@@ -54,7 +54,7 @@ def routes(alone):
         aux = model(tokens[:, :-1], segments[:, :-1], collect=True).aux
         return [layer["expert_ids"] for layer in aux["layers"]]
 
-    return lambda state, step: choose(state.params, state.variables, *trainer.batches(step))
+    return lambda state, step: choose(state.params, state.variables, *trainer.batch(step))
 
 
 @pytest.mark.parametrize("text", MESHES)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from v4jax.training.spikes import SpikeConfig, SpikeState, SpikeWatch, observe, predicted
+from v4jax.training.spikes import SpikeConfig, SpikeState, observe, predicted
 
 CONFIG = SpikeConfig()
 
@@ -100,21 +100,6 @@ def test_json_keeps_every_bit():
     read = SpikeState.from_json(json.loads(json.dumps(half)))
     rest = [observe(CONFIG, half, 241, losses[240]), observe(CONFIG, read, 241, losses[240])]
     assert rest[0] == rest[1] and read == half and rest[0][1] is None
-
-
-@pytest.mark.parametrize("saves", [1, 7, 1000])
-def test_a_watch_tells_the_same_however_often_it_is_kept_and_read_again(saves):
-    """A run of 300 steps that is ended at every checkpoint; what is kept goes through JSON."""
-    losses = falling(2, 300, noise=0.01)
-    losses[200:215] *= 1.3
-    (expected,), whole = run(losses)
-    watch, told = SpikeWatch(), []
-    for step, loss in enumerate(losses, 1):
-        told += [(step, spike)] if (spike := watch.saw(step, loss)) else []
-        if step % saves == 0:
-            watch = SpikeWatch(json.loads(json.dumps(watch.keep())))
-    assert told == [(expected.step + 1, expected)]
-    assert watch.keep() == [whole, None]
 
 
 @pytest.mark.parametrize(

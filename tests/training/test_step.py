@@ -22,13 +22,12 @@ from v4jax.layers.context import IndexFormats
 from v4jax.model import Transformer, abstract_model
 from v4jax.numerics import MXFP4, dequantize, quantize
 from v4jax.quantization import ALL_LINEARS, NO_QUANTIZATION, PAPER, flat_paths, resolve
+from v4jax.training.losses import Objective, losses
 from v4jax.training.optimizer import OptimizerConfig, build_optimizer
 from v4jax.training.schedule import learning_rate_scale
 from v4jax.training.step import (
-    Objective,
     Program,
     TrainState,
-    losses,
     make_train_step,
     moved_biases,
     split_model,
@@ -125,12 +124,22 @@ def halving() -> optax.GradientTransformation:
 
 
 def step_of(program, objective, quantization=NO_QUANTIZATION, optimizer=None):
-    step = make_train_step(program, optimizer or halving(), SCHEDULE, objective, quantization)
-    return quick_jit(step)
+    train = objective.index > 0
+    config = tiny.config(
+        "",
+        model=program.config,
+        schedule=SCHEDULE,
+        optimizer=OptimizerConfig(train_indexer=train),
+        objective=objective,
+        quantization=quantization,
+    )
+    return quick_jit(make_train_step(program, optimizer or halving(), config))
 
 
-def apply(step, start, at: int, opt_state=()):
-    state = TrainState(jnp.int32(at), start.params, start.variables, opt_state)
+def apply(step, start, at: int, opt_state=None):
+    if opt_state is None:
+        opt_state = {"gradients": start.params, "masters": start.params}
+    state = TrainState(jnp.int32(at), start.params, start.variables, opt_state, {})
     return step(state, *packed_batch())
 
 
@@ -390,9 +399,13 @@ def traced(config, quantization, dtype=jnp.float32, rows=3):
     """Equations of a step on `rows` rows of 32 tokens, and the parameters' shapes."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
     params, variables = split_model(model)
-    step = make_train_step(Program.of(model), halving(), SCHEDULE, OBJECTIVE, quantization)
+    run = tiny.config(
+        "", model=config, schedule=SCHEDULE, objective=OBJECTIVE, quantization=quantization
+    )
+    step = make_train_step(Program.of(model), halving(), run)
     ids = jax.ShapeDtypeStruct((rows, tiny.LENGTH + 1), jnp.int32)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, variables, ())
+    before = {"gradients": params, "masters": params}
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, variables, before, {})
     return list(equations(jax.make_jaxpr(step)(state, ids, ids).jaxpr)), params
 
 

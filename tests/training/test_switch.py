@@ -98,7 +98,7 @@ def test_arms_differ_by_the_format_alone(first, trainer):
     assert max(float(np.abs(m).max()) for m in jax.tree.leaves(qat[0][1].opt_state.muon)) > 0
     for (_, _, ours), (_, _, theirs), step in zip(control, qat, range(SWITCH, STEPS), strict=True):
         assert tiny.same_bits(ours, theirs) and tiny.same_bits(
-            tuple(ours), tuple(trainer.batches(step))
+            tuple(ours), tuple(trainer.batch(step))
         )
     mine, other = lines(first.folder / "control"), lines(first.folder / "qat")
     assert [x["lr_scale"] for x in mine] == [x["lr_scale"] for x in other]
@@ -266,7 +266,8 @@ def test_any_other_configuration_does_not_share(first, trainer):
 
     def trainer_of(hash):
         return SimpleNamespace(
-            config=SimpleNamespace(hash=hash), abstract_state=trainer.abstract_state
+            run_config=lambda _: SimpleNamespace(hash=hash),
+            abstract_state=lambda _: trainer.abstract_state(),
         )
 
     same = shared_pretraining(trainer_of(config_hash(config)), workdir, SWITCH)

@@ -16,7 +16,8 @@ from v4jax.training.machine import environment
 from v4jax.training.metrics import table
 from v4jax.training.step import TrainState
 from v4jax.training.switch import Arms
-from v4jax.training.trainer import RunConfig, Trainer
+from v4jax.training.settings import RunConfig
+from v4jax.training.trainer import Trainer
 
 
 def parameters(trainer: Trainer) -> int:

@@ -15,11 +15,12 @@ from v4jax import presets
 from v4jax.config import CSA, HCA, SLIDING, CompressRates, ModelConfig
 from v4jax.quantization import NO_QUANTIZATION, PAPER, Quantization
 from v4jax.training.data import Batch
+from v4jax.training.losses import Objective, losses
 from v4jax.training.optimizer import OptimizerConfig
 from v4jax.training.schedule import ScheduleConfig
-from v4jax.training.step import Objective, losses
+from v4jax.training.settings import RunConfig
 from v4jax.training.tokenizer import Tokenizer
-from v4jax.training.trainer import RunConfig, Trainer
+from v4jax.training.trainer import Trainer
 
 BATCH, LENGTH = 4, 256
 CONFIG = ModelConfig(
@@ -89,7 +90,7 @@ def trainer(option: Option, batch: int = BATCH, length: int = LENGTH) -> Trainer
     tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length + 1), np.int32)
     found = Batch(tokens, np.ones_like(tokens))
     no_tokenizer = cast(Tokenizer, None)  # only a run's folder holds one
-    return Trainer(config, lambda step: found, np.ones(vocabulary), no_tokenizer)
+    return Trainer(config, lambda first, count: found, np.ones(vocabulary), no_tokenizer)
 
 
 def stepper(trainer: Trainer) -> Callable[[], jax.Array]:
@@ -99,7 +100,7 @@ def stepper(trainer: Trainer) -> Callable[[], jax.Array]:
 
     def run() -> jax.Array:
         nonlocal state, step
-        state, metrics = update(state, *trainer.batches(step))
+        state, metrics = update(state, *trainer.batch(step))
         step += 1
         return metrics["loss"]
 
@@ -113,7 +114,7 @@ def gradient(length: int, tokens: int):
     """
     option = Option(presets.nano(), OptimizerConfig(), Objective())
     made = trainer(option, tokens // length, length)
-    state, batch = made.initial_state(), made.batches(0)
+    state, batch = made.initial_state(), made.batch(0)
 
     def total(params, variables, tokens, segment_ids) -> Any:
         out = made.program.bind(params, variables)(tokens[:, :-1], segment_ids[:, :-1])

@@ -134,6 +134,10 @@ class Checkpointer:
             if old not in self._keep:
                 checkpoint_files.remove(self.folder, old)
 
+    def remove(self, step: int) -> None:
+        """Removes checkpoint `step`, which is never half there. No save may run."""
+        checkpoint_files.remove(self.folder, step)
+
     def wait(self) -> None:
         """Returns when no save runs, in any process. Raises SaveError, once, if the last failed."""
         step = self._finish()

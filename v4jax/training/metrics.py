@@ -86,7 +86,7 @@ class MetricsWriter:
             row[name] = value if isinstance(value, str | int) else float(value)
             if not isinstance(value, str):
                 self._board.add_scalar(name, float(value), step)
-        self._file.write(json.dumps(_to_json(row), allow_nan=False) + "\n")
+        self._file.write(json.dumps(to_json(row), allow_nan=False) + "\n")
         self._file.flush()
         self._board.flush()
         if self._mirror:
@@ -139,7 +139,9 @@ def _step(line: str) -> int:
     return int(json.loads(line)["step"])
 
 
-def _to_json(row: dict[str, Any]) -> dict[str, Any]:
+def to_json(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with strings for the floats that JSON has no form for."""
+
     def finite(value: Any) -> Any:
         if not isinstance(value, float) or math.isfinite(value):
             return value

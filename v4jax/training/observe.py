@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,15 +63,15 @@ class StepWork:
 class Observer:
     """Watches the steps of one run; a context manager around them.
 
-    folder: the run's. steps: those to come, counted as in the metrics, from 1 on. trackers: told
-    every line of metrics, closed with it.
+    folder: the run's. steps: those to come, counted as in the metrics, from 1 on. work: of each.
+    trackers: told every line of metrics, closed with it.
     """
 
     def __init__(
         self,
         folder: pathlib.Path,
         steps: range,
-        work: StepWork,
+        work: Callable[[int], StepWork],
         profile: range | None = None,
         trackers: Sequence[Tracker] = (),
     ):
@@ -81,7 +81,8 @@ class Observer:
         self._progress: Progress | None = None
         if distributed.is_main():
             writer = MetricsWriter(folder, steps.start - 1, trackers)
-            progress = Progress(folder.name, steps.stop - 1, work.tokens, peak=work.peak_tokens)
+            first = work(steps.start)
+            progress = Progress(folder.name, steps.stop - 1, first.tokens, peak=first.peak_tokens)
             self._writer = self._open.enter_context(writer)
             self._progress = self._open.enter_context(progress)
         self._at = steps.start - 1
@@ -128,6 +129,7 @@ class Observer:
         """Call after each step; waits for no device but to draw a line of progress."""
         self._at, self._latest = step, metrics["loss"]
         if self._progress:
+            self._progress.tokens_per_step = self._work(step).tokens
             self._progress.update(step, metrics["loss"])
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -135,7 +137,7 @@ class Observer:
         now = time.perf_counter()
         if self._writer:
             seconds = (now - self._since) / (step - self._logged)
-            timed = {"seconds_per_step": seconds} | self._work.speed(seconds)
+            timed = {"seconds_per_step": seconds} | self._work(step).speed(seconds)
             self._writer.write(step, {**metrics, **timed})
         self._since, self._logged = now, step
 

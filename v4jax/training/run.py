@@ -4,6 +4,7 @@
     <run>/machine.json     device, versions and date of its last start
     <run>/tokenizer.json   the tokenizer it was trained with
     <run>/metrics.jsonl    one line a logged step; <run>/tensorboard repeats it
+    <run>/events.jsonl     spikes, steps left out, returns to a checkpoint, and what followed
     <run>/checkpoints/N    the state after N steps
 
 The same command on the same folder goes on from the newest whole checkpoint, bit for bit. A run
@@ -19,7 +20,6 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,10 +28,11 @@ import numpy as np
 from v4jax import distributed
 from v4jax.model import Transformer
 from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share
-from v4jax.training import whereabouts
-from v4jax.training.checkpoint import Checkpointer, DamagedError
+from v4jax.training import weight_health, whereabouts
+from v4jax.training.checkpoint import Checkpointer, DamagedError, Restored
 from v4jax.training.data import Batch
 from v4jax.training.files import as_path
+from v4jax.training.journal import Journal, set_aside
 from v4jax.training.machine import write_environment
 from v4jax.training.metrics import read_metrics
 from v4jax.training.observe import (
@@ -41,6 +42,7 @@ from v4jax.training.observe import (
     name_programs,
     quantization_note,
 )
+from v4jax.training.recovery import Return, Ruin, Watch
 from v4jax.training.run_config import (
     canonical,
     check_config,
@@ -48,12 +50,12 @@ from v4jax.training.run_config import (
     write_config,
     write_source,
 )
-from v4jax.training.spikes import SpikeWatch
-from v4jax.training.step import TrainState
+from v4jax.training.settings import RunConfig
+from v4jax.training.stability import StabilityConfig
+from v4jax.training.step import Parent, TrainState
 from v4jax.training.tokenizer import Tokenizer
 from v4jax.training.trackers import open_trackers
-from v4jax.training.trainer import RunConfig, Trainer
-from v4jax.training.weight_health import Watch
+from v4jax.training.trainer import Trainer, Variant
 
 
 class Branch(NamedTuple):
@@ -78,12 +80,15 @@ def train(
     """Trains the run in `folder` up to `stop` updates and returns its state; resumes what is there.
 
     Raises ValueError, one line, where the folder holds another configuration; FloatingPointError
-    where the loss is no longer finite; `distributed.Preempted`, with everything saved, after a
-    SIGTERM. Several processes train together, on a folder that all of them see.
+    where losses stay not finite, as `StabilityConfig` says; `distributed.Preempted`, with everything
+    saved, after a SIGTERM. Several processes train together, on a folder that all of them see.
     """
-    config = dataclasses.replace(trainer.config, quantization=quantization)
+    config = trainer.run_config(quantization)
     if branch is not None:
-        config = trainer.arm_config(quantization, read_run_config(branch.folder).hash, branch.step)
+        parent = read_run_config(branch.folder)
+        config = trainer.run_config(quantization, parent.hash, branch.step)
+    if config.objective.distill and branch is None:
+        raise ValueError("Objective.distill: the run has no parent; allowed: 0")
     name_programs(pace)
     known = check_config(folder, config.to_dict())
     distributed.barrier("configuration read")
@@ -93,91 +98,195 @@ def train(
         write_config(folder, config.to_dict())
     whereabouts.now(f"{folder.name}, before its first step: makes or reads the state, compiles")
     checkpointer = Checkpointer(
-        folder / "checkpoints", max_to_keep=pace.max_to_keep, keep=pace.keep
+        folder / "checkpoints",
+        max_to_keep=max(pace.max_to_keep, checkpoints_needed(config.stability, pace.save_every)),
+        keep=pace.keep,
     )
     with checkpointer:
-        if max([*checkpointer.steps(), branch.step if branch else 0]) < stop:
-            trainer.start_compiling(quantization)  # while the state is made or read
-        state, first, meta = _state_to_go_on_from(trainer, checkpointer, config, branch)
-        if first > stop:
-            raise ValueError(f"{folder} is at step {first} already, past step {stop}")
-        if first == stop:
+        run = _Run(trainer, folder, config, branch, stop, pace, checkpointer)
+        return run.to_its_end()
+
+
+def checkpoints_needed(stability: StabilityConfig, save_every: int) -> int:
+    """How many checkpoints hold one before the onset of any spike; one more is of a SIGTERM."""
+    longest = max(stability.max_nonfinite, stability.spikes.lookback) + 1
+    return -(-longest // save_every) + 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    trainer: Trainer
+    folder: pathlib.Path
+    config: RunConfig
+    branch: Branch | None
+    stop: int
+    pace: Pace
+    checkpointer: Checkpointer
+
+    @property
+    def start(self) -> int:
+        return self.branch.step if self.branch else 0
+
+    def to_its_end(self) -> TrainState:
+        trainer, quantization = self.trainer, self.config.quantization
+        saved = max([*self.checkpointer.steps(), self.start])
+        if saved < self.stop:  # while the state is made or read
+            for stage in trainer.stages:
+                if saved < stage.last and stage.first < self.stop:
+                    trainer.start_compiling(Variant(quantization, stage.program))
+        state, first, watch = self._state_to_go_on_from()
+        if first > self.stop:
+            raise ValueError(f"{self.folder} is at step {first} already, past step {self.stop}")
+        if first == self.stop:
             return state
-        if quantization.rules and distributed.is_main():
-            print(quantization_note(quantization, trainer.params), flush=True)
-        update, start = trainer.step(quantization), branch.step if branch else 0
+        parent = self._parent()
+        if distributed.is_main():
+            write_environment(self.folder)
+            if quantization.rules:
+                print(quantization_note(quantization, trainer.params), flush=True)
+            step = trainer.compiled(Variant(quantization, trainer.stage(first).program))
+            print(memory_note(self.folder.name, step), flush=True)
+        distributed.meet(f"{self.folder.name} compiled")
+        while True:
+            state, order = self._steps(state, first, watch, parent)
+            if order is None:
+                return state
+            state, first, watch = self._back(order, watch)
+
+    def _steps(
+        self, state: TrainState, first: int, watch: Watch, parent: tuple[Parent, ...]
+    ) -> tuple[TrainState, Return | None]:
+        """Trains from step `first` to the end, or to where the run is to go back."""
+        trainer, pace, name = self.trainer, self.pace, self.folder.name
+        quantization, stability = self.config.quantization, self.config.stability
         lossless = lossless_share(quantization, trainer.params)
-        watch = Watch(quantization, trainer.params)
-        spikes = SpikeWatch(meta.get("spikes"))
+        weights = weight_health.Watch(quantization, trainer.params)
         main = distributed.is_main()
-        trackers = open_trackers(pace.trackers, folder, config.to_dict()) if main else ()
-        if main:
-            write_environment(folder)
-            print(memory_note(folder.name, update), flush=True)
-        distributed.meet(f"{folder.name} compiled")
-        steps = range(first + 1, stop + 1)
-        with Observer(folder, steps, trainer.work, pace.profile, trackers) as observer:
+        trackers = open_trackers(pace.trackers, self.folder, self.config.to_dict()) if main else ()
+        journal = Journal(self.folder, watch.recovery)
+        steps = range(first + 1, self.stop + 1)
+        with Observer(self.folder, steps, trainer.work, pace.profile, trackers) as observer:
             for step in observer.steps():
-                logs = step % pace.log_every == 0 or step in (start + 1, stop)
-                before = watch.keep(state.params) if watch and logs else {}
-                state, metrics = update(state, *trainer.batch(step - 1))
+                now, recovery = step - 1, watch.recovery
+                lag = recovery.lag(stability, now)
+                for ahead in recovery.ahead(stability, now):
+                    seen = trainer.batch(ahead, recovery.skipped(ahead))
+                    state = trainer.look_ahead(quantization)(state, np.int32(ahead), *seen)
+                logs = step % pace.log_every == 0 or step in (self.start + 1, self.stop)
+                before = weights.keep(state.params) if weights and logs else {}
+                program = trainer.stage(now).program
+                update = trainer.compiled(Variant(quantization, program, routed=lag is not None))
+                batch = trainer.batch(now, recovery.skipped(now))
+                state, metrics = update(state, *batch, *parent)
                 observer.saw(step, metrics)
                 preempted = distributed.preempted()
-                ends = preempted or step == stop
+                order = watch.saw(step, metrics)
+                if step == self.stop and order is None:
+                    order = watch.last()
+                ends = preempted or step == self.stop or order is not None
                 saves = step % pace.save_every == 0 or ends or step in pace.keep
-                spike = spikes.saw(step, metrics["loss"])
-                if spike:
-                    distributed.say(f"{folder.name}: {spike}")
-                    metrics |= {"spike_onset": spike.onset, "spike_z": spike.z}
-                logs = logs or spike is not None
-                if logs or saves:
-                    require_finite(metrics, f"{folder.name}, step {step}")
-                if logs:
+                if logs or ends:
+                    if lag is not None:
+                        metrics["routing_lag"] = lag
                     if lossless is not None:
                         metrics["fp8_lossless_share"] = lossless(state.params)
                     if before:
-                        metrics |= watch.measure(before, state.params)
+                        metrics |= weights.measure(before, state.params)
                     observer.log(step, metrics)
+                journal.tell(watch.recovery)
+                if isinstance(order, Ruin):
+                    raise FloatingPointError(f"{name}: {order.why}; {self._newest()} is good")
+                if isinstance(order, Return):
+                    return state, order
                 if saves:
                     observer.settle()
-                    meta = {"config": config.to_dict(), "spikes": spikes.keep()}
-                    checkpointer.save(step, state, meta, wait=ends)
+                    meta = {"config": self.config.to_dict(), "watch": watch.keep()}
+                    journal.tell(watch.recovery)
+                    self.checkpointer.save(step, state, meta, wait=ends)
                 if preempted:
                     raise distributed.Preempted(
-                        f"{folder}: SIGTERM, saved at step {step}; the same command goes on"
+                        f"{self.folder}: SIGTERM, saved at step {step}; the same command goes on"
                     )
-    return state
+        return state, None
+
+    def _newest(self) -> str:
+        self.checkpointer.wait()
+        steps = self.checkpointer.steps()
+        return f"checkpoint {steps[-1]}" if steps else "no checkpoint was made yet; the start"
+
+    def _back(self, order: Return, watch: Watch) -> tuple[TrainState, int, Watch]:
+        """Carries out `order`: the state, its step, and what is remembered there.
+
+        Later checkpoints go, the newest first: a run that is killed meanwhile comes here again.
+        """
+        self.checkpointer.wait()
+        regular = (s for s in self.checkpointer.steps() if self._is_regular(s))
+        before = [step for step in regular if step < order.before]
+        if distributed.is_main():
+            for step in reversed(self.checkpointer.steps()):
+                if step > max([*before, self.start]):
+                    self.checkpointer.remove(step)
+        distributed.barrier(f"back before step {order.before}")
+        state, first, there = self._state_to_go_on_from()
+        rows = self.trainer.rows_before(order.step) - self.trainer.rows_before(first)
+        recovery = watch.recovery.back(
+            self.config.stability, order, there.recovery, first, rows
+        )
+        if distributed.is_main():
+            set_aside(self.folder, first, recovery.rollbacks)
+        return state, first, Watch(self.config.stability, recovery)
+
+    def _is_regular(self, step: int) -> bool:
+        return step % self.pace.save_every == 0 or step in self.pace.keep
+
+    def _state_to_go_on_from(self) -> tuple[TrainState, int, Watch]:
+        """The run's newest whole checkpoint, else the branch's, else step 0; its step, its watch."""
+        trainer, config, checkpointer = self.trainer, self.config, self.checkpointer
+        abstract = trainer.abstract_state(config)
+        try:
+            restored = checkpointer.restore(abstract)
+        except DamagedError as error:  # the bits come out the same, only later
+            print(f"{error}; training the run again from its start", file=sys.stderr, flush=True)
+            restored = None
+        wanted = json.loads(canonical(config.to_dict()))
+        if restored is not None and restored.meta["config"] != wanted:
+            raise ValueError(f"{checkpointer.folder}/{restored.step} is of another configuration")
+        if restored is None and self.branch is not None:
+            restored = self._branched()
+        step = 0 if restored is None else restored.step
+        distributed.agree(step, f"{checkpointer.folder}: the newest step")
+        if restored is None:
+            state = trainer.initial_state(config)
+            return state, 0, Watch.resumed(config.stability, None)
+        watch = Watch.resumed(config.stability, restored.meta.get("watch"))
+        return restored.state, restored.step, watch
+
+    def _branched(self) -> Restored:
+        """The branch's checkpoint; what it remembers for no option of its own begins anew."""
+        assert self.branch is not None
+        with Checkpointer(self.branch.folder / "checkpoints") as parent:
+            theirs = read_run_config(self.branch.folder)
+            restored = parent.restore(self.trainer.abstract_state(theirs), self.branch.step)
+        assert restored is not None
+        state = restored.state
+        fresh = self.trainer.new_memory(self.config, state.params)
+        same = {
+            name: value
+            for name, value in state.memory.items()
+            if name in fresh and _shapes(value) == _shapes(fresh[name])
+        }
+        return dataclasses.replace(restored, state=state._replace(memory=fresh | same))
+
+    def _parent(self) -> tuple[Parent, ...]:
+        """What an arm learns from: the masters that it began with."""
+        if not self.config.objective.distill:
+            return ()
+        state = self._branched().state
+        return (Parent(state.params, state.variables),)
 
 
-def require_finite(metrics: Mapping[str, jax.Array], where: str) -> None:
-    """Raises FloatingPointError where the loss or the gradient that was just applied is not finite.
-
-    Before anything is saved: a restart would go on from what is lost.
-    """
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(value := float(metrics[name])):
-            raise FloatingPointError(f"{where}: {name} is {value}")
-
-
-def _state_to_go_on_from(
-    trainer: Trainer, checkpointer: Checkpointer, config: RunConfig, branch: Branch | None
-) -> tuple[TrainState, int, dict[str, Any]]:
-    """The run's newest whole checkpoint, else the branch's, else step 0; its step and its meta."""
-    try:
-        restored = checkpointer.restore(trainer.abstract_state())
-    except DamagedError as error:  # the bits come out the same, only later
-        print(f"{error}; training the run again from its start", file=sys.stderr, flush=True)
-        restored = None
-    if restored is not None and restored.meta["config"] != json.loads(canonical(config.to_dict())):
-        raise ValueError(f"{checkpointer.folder}/{restored.step} is of another configuration")
-    if restored is None and branch is not None:
-        with Checkpointer(branch.folder / "checkpoints") as parent:
-            restored = parent.restore(trainer.abstract_state(), branch.step)
-    step = 0 if restored is None else restored.step
-    distributed.agree(step, f"{checkpointer.folder}: the newest step")
-    if restored is None:
-        return trainer.initial_state(), 0, {}
-    return restored.state, restored.step, restored.meta
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
 def read_run_config(folder: str | pathlib.Path) -> RunConfig:
@@ -200,8 +309,8 @@ class Run:
     step: int
 
 
-def _no_batches(step: int) -> Batch:
-    raise ValueError(f"a loaded run has no data; batch {step} was asked for")
+def _no_rows(first: int, count: int) -> Batch:
+    raise ValueError(f"a loaded run has no data; {count} rows from {first} on were asked for")
 
 
 def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
@@ -212,7 +321,7 @@ def load_run(folder: str | pathlib.Path, step: int | None = None) -> Run:
     folder = as_path(folder)
     config = read_run_config(folder)
     tokenizer = Tokenizer.load(folder)
-    trainer = Trainer(config, _no_batches, np.ones(config.model.vocab_size), tokenizer)
+    trainer = Trainer(config, _no_rows, np.ones(config.model.vocab_size), tokenizer)
     with Checkpointer(folder / "checkpoints") as checkpointer:
         restored = checkpointer.restore(trainer.abstract_state(), step)
     if restored is None:

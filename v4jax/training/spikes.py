@@ -136,36 +136,3 @@ def _moved(config: SpikeConfig, sums: tuple[float, ...]) -> tuple[float, ...]:
 
 def _passed_over(config: SpikeConfig, state: SpikeState) -> SpikeState:
     return state._replace(sums=_moved(config, state.sums))
-
-
-class SpikeWatch:
-    """Follows the losses of a run one step behind, so that no step waits for its own.
-
-    kept: what `keep` gave at the checkpoint that the run goes on from; None: it begins.
-    """
-
-    def __init__(self, kept: list | None = None, config: SpikeConfig = DEFAULT):
-        state, spike = kept or (None, None)
-        self._config = config
-        self._state = SpikeState() if state is None else SpikeState.from_json(state)
-        self._spike = None if spike is None else Spike(*spike)
-        self._waiting: tuple[int, Any] | None = None
-
-    def saw(self, step: int, loss: Any) -> Spike | None:
-        """Call after each step, with its loss, an array: the spike that the last step completed."""
-        self._look()
-        found, self._spike = self._spike, None
-        self._waiting = step, loss
-        return found
-
-    def keep(self) -> list:
-        """The state for a checkpoint, of JSON's types. Waits for the loss of the last step; a spike
-        there is told after the next one, as it would have been."""
-        self._look()
-        return [self._state, self._spike]
-
-    def _look(self) -> None:
-        if self._waiting is not None:
-            step, loss = self._waiting
-            self._waiting = None
-            self._state, self._spike = observe(self._config, self._state, step, float(loss))

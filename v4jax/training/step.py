@@ -1,13 +1,10 @@
-"""One training step and one evaluation step: pure functions, jitted.
-
-    loss = CE + mtp_weight CE_mtp + balance_weight sum balance + index_weight sum KL
+"""One training step: pure functions, jitted.
 
 Weights are fake-quantized once, before the gradient; the gradient with respect to the rounded
 weights is handed to the float32 masters unchanged (straight-through, report 5.2.1).
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,42 +15,29 @@ from flax import nnx
 from v4jax.config import ModelConfig
 from v4jax.layers.context import UNROUNDED, IndexFormats
 from v4jax.layers.router import updated_bias
-from v4jax.model import Output, Transformer
-from v4jax.quantization import NO_QUANTIZATION, Quantization, quantize_params, resolve
-from v4jax.training.data import predicted
-from v4jax.training.schedule import Phase, ScheduleConfig, phase
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """Weights of the losses beside the cross-entropy (report 4.2.2).
-
-    balance: sequence-wise balance loss. index: the indexer's KL, per CSA layer; 0 freezes the
-    indexer. bias_speed: step of the routers' selection bias, outside the gradient.
-    """
-
-    balance: float = 1e-4
-    index: float = 1.0
-    bias_speed: float = 0.001
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"Objective.{field.name}: got {value!r}, allowed: a number >= 0")
+from v4jax.model import Transformer, chosen_experts
+from v4jax.quantization import quantize_params, resolve
+from v4jax.training import anticipation
+from v4jax.training.losses import losses
+from v4jax.training.schedule import Phase, phase
+from v4jax.training.settings import RunConfig
+from v4jax.training.stability import unusual
 
 
 class TrainState(NamedTuple):
     """Everything that a step changes. Pure nested dicts of arrays.
 
-    step: int32 [], updates done; it is the data position too, and no other randomness exists.
-    params: float32 masters. variables: router biases and hash tables. opt_state: the optimizer's.
+    step: int32 [], updates done, or left out as `stability` says; with the data skipped it is the
+    data position too, and no other randomness exists. params: float32 masters. variables: router
+    biases and hash tables. opt_state: the optimizer's. memory: name -> what an option remembers;
+    empty without any.
     """
 
     step: jax.Array
     params: Any
     variables: Any
     opt_state: Any
+    memory: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,27 +76,6 @@ def split_model(model: Transformer) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(variables)
 
 
-@jax.named_scope("losses")
-def losses(out: Output, tokens: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
-    """Scalars `loss` (nats a token), `mtp_loss`, `balance_loss`, `index_loss`.
-
-    tokens, segment_ids: int32 [B, T+1]; out is the model's on tokens[:, :-1]. The MTP loss is
-    summed over its targets and divided by the main loss's count, as V3 divides by the length.
-    """
-    counted = predicted(segment_ids)
-    count = jnp.maximum(jnp.sum(counted), 1)
-    nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:])
-    found = {"loss": jnp.sum(nll * counted) / count}
-    if out.mtp_logits is not None:
-        both = counted[:, 1:] & counted[:, :-1]
-        nll = optax.softmax_cross_entropy_with_integer_labels(out.mtp_logits, tokens[:, 2:])
-        found["mtp_loss"] = jnp.sum(nll * both) / count
-    blocks = [*out.aux["layers"], *([out.aux["mtp"]] if out.aux["mtp"] else [])]
-    for name in ("balance_loss", "index_loss"):
-        found[name] = sum((b[name] for b in blocks if name in b), jnp.zeros(()))
-    return found
-
-
 @jax.named_scope("router_bias")
 def moved_biases(variables, aux, config: ModelConfig, speed: float):
     """Variables with every router's selection bias moved one step against its load."""
@@ -138,55 +101,128 @@ def moved_biases(variables, aux, config: ModelConfig, speed: float):
     return variables
 
 
+class Parent(NamedTuple):
+    """A frozen model to learn from: float32 masters, router biases and hash tables."""
+
+    params: Any
+    variables: Any
+
+
 def make_train_step(
     program: Program,
     optimizer: optax.GradientTransformation,
-    schedule: ScheduleConfig,
-    objective: Objective,
-    quantization: Quantization = NO_QUANTIZATION,
+    config: RunConfig,
+    *,
+    only_indexer: bool = False,
+    routed: bool = False,
     shardings: TrainState | None = None,
 ):
-    """(TrainState, tokens, segment_ids int32 [B, T+1]) -> (TrainState, metrics of scalars).
+    """(TrainState, tokens, segment_ids int32 [B, T+1], Parent?) -> (TrainState, metrics of scalars).
 
-    The state is donated. metrics: the four losses, `grad_norm`, `lr_scale`, `load_max` (largest
-    load of an expert over the mean, over layers). shardings: of the state on a mesh, which it
-    keeps; to be traced within `jax.set_mesh`.
+    The state is donated. config: of the run, its quantization too. only_indexer: the step is of the
+    indexer's warm-up: nothing else moves, and `optimizer` is made for that. routed: experts are
+    those that `state.memory` holds for this step (`anticipation`). The parent is given where the run learns
+    from one. shardings: of the state on a mesh, which it keeps; to be traced within `jax.set_mesh`.
+
+    metrics: the losses, `grad_norm` before clipping, `lr_scale`, `load_max` (largest load of an
+    expert over the mean, over layers), `applied` (1, or 0 where the step was left out).
     """
+    schedule, objective, stability = config.schedule, config.objective, config.stability
 
-    def total(params, variables, tokens, segment_ids, now: Phase, resolved):
+    def total(params, variables, tokens, segment_ids, now: Phase, resolved, routes, parent):
         model = program.bind(params, variables, resolved.index)
-        dense = now.dense if schedule.resolve("dense_steps") else False  # static: compiled once
-        out = model(tokens[:, :-1], segment_ids[:, :-1], dense_index=dense)
-        found = losses(out, tokens, segment_ids)
-        loss = found["loss"] + objective.balance * found["balance_loss"]
+        dense = now.dense if schedule.sparse_from else False  # static: compiled once
+        dense = only_indexer or dense
+        inputs = tokens[:, :-1], segment_ids[:, :-1]
+        out = model(*inputs, dense_index=dense, routes=routes)
+        taught = None
+        if parent is not None:
+            taught = program.bind(*parent)(*inputs, dense_index=dense).logits
+        found = losses(out, tokens, segment_ids, taught)
+        if only_indexer:
+            return objective.index * found["index_loss"], (found, out.aux)
+        loss = found["loss"]
+        if parent is not None:
+            loss = (1 - objective.distill) * loss + objective.distill * found["distill_loss"]
+        loss += objective.balance * found["balance_loss"]
+        if objective.z_loss:
+            loss += objective.z_loss * found["z_loss"]
         if "mtp_loss" in found:
             loss += now.mtp_weight * found["mtp_loss"]
         if objective.index:
-            loss += objective.index * found["index_loss"]
+            weight = objective.index * now.index if schedule.resolve("index_start") else objective.index
+            loss += weight * found["index_loss"]
         return loss, (found, out.aux)
 
-    def step(state: TrainState, tokens, segment_ids):
+    def step(state: TrainState, tokens, segment_ids, parent: Parent | None = None):
         now = phase(schedule, state.step)
-        resolved = resolve(quantization, state.params)
+        resolved = resolve(config.quantization, state.params)
         rounded = quantize_params(state.params, resolved.weights)
+        routes = None
+        if routed:
+            shape = tokens.shape[0], tokens.shape[1] - 1
+            routes = anticipation.get(state.memory["routes"], state.step, shape)
         grads, (metrics, aux) = jax.grad(total, has_aux=True)(
-            rounded, state.variables, tokens, segment_ids, now, resolved
+            rounded, state.variables, tokens, segment_ids, now, resolved, routes, parent
         )
         if shardings is not None:  # each device sums up its part alone
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        variables = moved_biases(state.variables, aux, program.config, objective.bias_speed)
+        variables = state.variables
+        if not only_indexer:
+            variables = moved_biases(variables, aux, program.config, objective.bias_speed)
+        changed = params, variables, opt_state
+        with jax.named_scope("guard"):
+            applied = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+            memory = dict(state.memory)
+            if stability.skip_sigma:
+                outlier, memory["recent"] = unusual(
+                    memory["recent"], stability.skip_sigma, metrics["loss"], norm
+                )
+                applied &= ~outlier
+            changed = jax.tree.map(
+                lambda new, old: jnp.where(applied, new, old), changed, tuple(state[1:4])
+            )
         loads = jnp.stack([layer["expert_load"] for layer in aux["layers"]])
         metrics |= {
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "lr_scale": now.lr_scale,
             "load_max": jnp.max(loads) / jnp.mean(loads),
+            "applied": applied.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, variables, opt_state), metrics
+        return TrainState(state.step + 1, *changed, memory), metrics
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     # The step's count is replicated, and so are metrics.
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+
+def make_look_ahead(program: Program, config: RunConfig, ring: Any = None):
+    """(TrainState, batch, tokens, segment_ids) -> the state that knows the experts of batch `batch`.
+
+    batch: int32 []; tokens, segment_ids int32 [B, T+1]. One forward pass with the state's
+    parameters, as `config` rounds them, without head and losses. ring: the sharding of the ring.
+    """
+
+    def look(routes, state: TrainState, batch, tokens, segment_ids):
+        resolved = resolve(config.quantization, state.params)
+        rounded = quantize_params(state.params, resolved.weights)
+        model = program.bind(rounded, state.variables, resolved.index)
+        dense = phase(config.schedule, batch).dense
+        ids = chosen_experts(model, tokens[:, :-1], segment_ids[:, :-1], dense)
+        return anticipation.put(routes, batch, ids)
+
+    jitted = jax.jit(look, donate_argnums=0, out_shardings=ring)
+
+    def ahead(state: TrainState, batch, tokens, segment_ids) -> TrainState:
+        memory = dict(state.memory)
+        routes = memory.pop("routes")
+        rest = state._replace(memory=memory)
+        memory = memory | {"routes": jitted(routes, rest, batch, tokens, segment_ids)}
+        return state._replace(memory=memory)
+
+    return ahead

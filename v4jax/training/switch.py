@@ -85,7 +85,7 @@ def run_arms(
         distributed.say(f"branching off {branch.folder} at step {branch.step}")
     else:
         branch = Branch(workdir / "pretrain", switch_step)
-        check_config(branch.folder, trainer.config.to_dict())
+        check_config(branch.folder, trainer.run_config(NO_QUANTIZATION).to_dict())
     check_arms(trainer, workdir, branch, scopes)
     if distributed.is_main():
         write_phases(workdir, trainer, branch, scopes)
@@ -176,11 +176,11 @@ def check_arms(
     Before pre-training goes on, and drops the checkpoint that such an arm branched off.
     """
     config = read_config(branch.folder) and read_run_config(branch.folder)
-    parent = (config or trainer.config).hash
+    parent = (config or trainer.run_config(NO_QUANTIZATION)).hash
     arms = {"control": NO_QUANTIZATION} | {arm_name(s): q for s, q in scopes.items()}
     for name, quantization in arms.items():
         check_config(
-            workdir / name, trainer.arm_config(quantization, parent, branch.step).to_dict()
+            workdir / name, trainer.run_config(quantization, parent, branch.step).to_dict()
         )
 
 
@@ -193,14 +193,15 @@ def shared_pretraining(trainer: Trainer, workdir: pathlib.Path, step: int) -> Br
     if read_config(workdir / "pretrain") is not None or not workdir.parent.is_dir():
         return None
     best: Branch | None = None
+    wanted = trainer.run_config(NO_QUANTIZATION)
     for folder in sorted(workdir.parent.glob("*/pretrain")):
         try:
-            if read_run_config(folder).hash != trainer.config.hash or not same_source(folder):
+            if read_run_config(folder).hash != wanted.hash or not same_source(folder):
                 continue
             with Checkpointer(folder / "checkpoints") as checkpointer:
                 fit = [found for found in checkpointer.steps() if found <= step]
                 if fit and (best is None or fit[-1] > best.step):
-                    checkpointer.restore(trainer.abstract_state(), fit[-1])
+                    checkpointer.restore(trainer.abstract_state(wanted), fit[-1])
                     best = Branch(folder, fit[-1])
         except (ValueError, TypeError, KeyError):  # another version's, or damaged
             continue

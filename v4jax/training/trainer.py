@@ -1,141 +1,97 @@
-"""What the runs of one experiment share: their configuration, and the programs compiled for it."""
+"""What the runs of one experiment share: model, data, and the programs compiled for them."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from v4jax import config as model_config
 from v4jax import parallel
-from v4jax.config import ModelConfig
 from v4jax.model import Transformer
 from v4jax.quantization import NO_QUANTIZATION, Quantization
-from v4jax.training.data import Batch
+from v4jax.training import anticipation, stability
+from v4jax.training.data import Batch, cut
 from v4jax.training.flops import peak_flops, training_flops
 from v4jax.training.observe import StepWork
-from v4jax.training.optimizer import OptimizerConfig, build_optimizer
-from v4jax.training.run_config import config_hash
-from v4jax.training.schedule import ScheduleConfig, learning_rate_scale
-from v4jax.training.step import Objective, Program, TrainState, make_train_step, split_model
+from v4jax.training.optimizer import build_optimizer
+from v4jax.training.schedule import learning_rate_scale
+from v4jax.training.settings import RunConfig
+from v4jax.training.stages import Stage, check_stages, rows_before, stage_of, stages
+from v4jax.training.step import (
+    Parent,
+    Program,
+    TrainState,
+    make_look_ahead,
+    make_train_step,
+    split_model,
+)
 from v4jax.training.tokenizer import Tokenizer
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
+class Variant(NamedTuple):
+    """What distinguishes the compiled steps of the runs.
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Everything that determines a run's numbers, on one machine.
-
-    data: hash of the tokenized training documents. parent: "<config hash>@<step>" of the run that
-    this one branches off, or "".
+    stage: `Stage.program`. routed: as in `make_train_step`.
     """
 
-    model: ModelConfig
-    schedule: ScheduleConfig
-    optimizer: OptimizerConfig
-    objective: Objective
-    sequence_length: int
-    batch_size: int
-    seed: int
-    data: str
-    compute_dtype: str = "float32"
-    quantization: Quantization = NO_QUANTIZATION
-    parent: str = ""
-
-    def __post_init__(self):
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"RunConfig.compute_dtype: got {self.compute_dtype!r}, allowed: "
-                + " | ".join(COMPUTE_DTYPES)
-            )
-        if self.optimizer.train_indexer and not self.objective.index:
-            raise ValueError(
-                "RunConfig.optimizer.train_indexer: got True, allowed: False, as objective.index "
-                "is 0: without a gradient the indexer would only decay"
-            )
-        mtp = self.schedule.mtp_weight or self.schedule.mtp_weight_decayed
-        if self.optimizer.train_mtp and self.model.num_nextn_predict_layers and not mtp:
-            raise ValueError(
-                "RunConfig.optimizer.train_mtp: got True, allowed: False, as MTP weights are 0: "
-                "without a gradient the module would only decay"
-            )
-
-    def to_dict(self) -> dict:
-        """A JSON-able dict that `from_dict` turns back into an equal config."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict) -> "RunConfig":
-        """Inverse of `to_dict`, also after JSON."""
-        rules = tuple(tuple(rule) for rule in fields["quantization"]["rules"])
-        return cls(
-            **fields
-            | {
-                "model": model_config.from_dict(fields["model"]),
-                "schedule": ScheduleConfig(**fields["schedule"]),
-                "optimizer": OptimizerConfig(**fields["optimizer"]),
-                "objective": Objective(**fields["objective"]),
-                "quantization": Quantization(rules),
-            }
-        )
-
-    @property
-    def hash(self) -> str:
-        """12 hex digits."""
-        return config_hash(self.to_dict())
+    quantization: Quantization
+    stage: tuple[bool, int, int]
+    routed: bool = False
 
 
 class Trainer:
     """What the runs of one experiment share: model, optimizer, data and compiled steps.
 
-    config: the configuration of the runs, but for quantization and parent. batches: the training
-    batches, of which this process has its share (`parallel.share`). token_counts: [V], for the hash
-    layers. tokenizer: saved with each run. mesh: the devices, None: one. shardings: of the state on
-    the mesh.
+    config: the configuration of the runs, but for quantization and parent. rows: (first, count) ->
+    so many rows of the training data from `first` on, of which this process has its share
+    (`parallel.share`): `Batches.rows`. token_counts: [V], for the hash layers. tokenizer: saved with
+    each run. mesh: the devices, None: one.
 
-    Raises ValueError, one line, where batch or parameters do not divide over the mesh.
+    Raises ValueError, one line, where rows or parameters do not divide over the mesh.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        batches: Callable[[int], Batch],
+        rows: Callable[[int, int], Batch],
         token_counts: np.ndarray,
         tokenizer: Tokenizer,
         mesh: Mesh | None = None,
     ):
         parallel.check_rows(mesh, config.batch_size)
-        self.config, self.batches, self.tokenizer, self.mesh = config, batches, tokenizer, mesh
+        sizes = config.schedule, config.sequence_length, config.batch_size
+        check_stages(
+            *sizes, index_weight=config.objective.index, devices=1 if mesh is None else mesh.size
+        )
+        self.stages = stages(*sizes)
+        self.config, self.rows, self.tokenizer, self.mesh = config, rows, tokenizer, mesh
         self._counts = token_counts
-        model = nnx.eval_shape(self._model)
-        self.program = Program.of(model)
-        self.params = split_model(model)[0]
-        self.optimizer = build_optimizer(
-            self.params,
-            config.model,
-            config.optimizer,
-            functools.partial(learning_rate_scale, config.schedule),
-        )
-        self.shardings: TrainState | None = None
-        if mesh is not None:
-            parameters = nnx.state(model, nnx.Param)
-            self.shardings = parallel.spread(self._shapes, parameters, mesh)
-        self._new = jax.jit(self._initial_state, out_shardings=self.shardings)
+        self._abstract = nnx.eval_shape(self._model)
+        self.program = Program.of(self._abstract)
+        self.params = split_model(self._abstract)[0]
         self._aside = concurrent.futures.ThreadPoolExecutor(1, "compile")
-        self._steps: dict[Quantization, concurrent.futures.Future] = {}
+        self._steps: dict[Variant, concurrent.futures.Future] = {}
 
-    def arm_config(self, quantization: Quantization, parent: str, step: int) -> RunConfig:
-        """The configuration of an arm that branches off the run with hash `parent` at `step`."""
-        return dataclasses.replace(
-            self.config, quantization=quantization, parent=f"{parent}@{step}"
-        )
+    def run_config(self, quantization: Quantization, parent: str = "", step: int = 0) -> RunConfig:
+        """The configuration of a run: of an arm, that branches off the run with hash `parent` at
+        `step`, or of one that begins.
+
+        What only concerns arms in FP4 is at its default in others, so that they may be shared.
+        """
+        config = dataclasses.replace(self.config, quantization=quantization)
+        if not quantization.rules:
+            plain = dataclasses.replace(config.objective, distill=0.0)
+            config = dataclasses.replace(config, objective=plain)
+        return dataclasses.replace(config, parent=f"{parent}@{step}") if parent else config
+
+    # ---- the state ----
 
     def _model(self) -> Transformer:
         return Transformer(
@@ -146,65 +102,151 @@ class Trainer:
             hash_seed=self.config.seed,
         )
 
-    def _initial_state(self) -> TrainState:
+    def optimizer(self, only_indexer: bool = False):
+        """The runs' optimizer; `only_indexer` as in the indexer's warm-up."""
+        scale = functools.partial(learning_rate_scale, self.config.schedule)
+        config = self.config
+        return build_optimizer(self.params, config.model, config.optimizer, scale, only_indexer)
+
+    def _initial_state(self, config: RunConfig) -> TrainState:
         params, variables = split_model(self._model())
-        return TrainState(jnp.zeros((), jnp.int32), params, variables, self.optimizer.init(params))
+        optimizer_state, memory = self.optimizer().init(params), _memory(config, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer_state, memory)
 
-    def initial_state(self) -> TrainState:
-        """Step 0, from the config's seed."""
-        return self._new()
+    def initial_state(self, config: RunConfig | None = None) -> TrainState:
+        """Step 0, from the config's seed. config: of the run; default: as `self.config`."""
+        return self._new(self._or(config))()
 
-    @functools.cached_property
-    def _shapes(self) -> TrainState:
-        return jax.eval_shape(self._initial_state)
+    @functools.cache  # noqa: B019 - as many as there are arms
+    def _new(self, config: RunConfig):
+        start = functools.partial(self._initial_state, config)
+        return self._jit(start, out_shardings=self.shardings(config))
 
-    def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and, on a mesh, shardings of the state."""
-        if self.shardings is None:
-            return self._shapes
+    _jit = staticmethod(jax.jit)
+
+    def new_memory(self, config: RunConfig, params: Any) -> dict[str, Any]:
+        """`TrainState.memory` of a run that begins with `params`."""
+        shardings = self.shardings(config)
+        out = None if shardings is None else shardings.memory
+        return self._jit(functools.partial(_memory, config), out_shardings=out)(params)
+
+    def _or(self, config: RunConfig | None) -> RunConfig:
+        return self.run_config(self.config.quantization) if config is None else config
+
+    @functools.cache  # noqa: B019 - as many as there are arms
+    def _shapes(self, config: RunConfig) -> TrainState:
+        return jax.eval_shape(functools.partial(self._initial_state, config))
+
+    def shardings(self, config: RunConfig | None = None) -> TrainState | None:
+        """Of the state on the mesh; None without one."""
+        if self.mesh is None:
+            return None
+        parameters = nnx.state(self._abstract, nnx.Param)
+        found = parallel.spread(self._shapes(self._or(config)), parameters, self.mesh)
+        if "routes" in found.memory:  # its tokens lie as those of a batch
+            tokens = PartitionSpec(None, None, parallel.ROWS)
+            found.memory["routes"] = NamedSharding(self.mesh, tokens)
+        return found
+
+    def abstract_state(self, config: RunConfig | None = None) -> TrainState:
+        """Shapes, dtypes and, on a mesh, shardings of the state of a run with `config`."""
+        shapes, shardings = self._shapes(self._or(config)), self.shardings(config)
+        if shardings is None:
+            return shapes
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            self._shapes,
-            self.shardings,
+            shapes,
+            shardings,
         )
 
-    @functools.cached_property
-    def work(self) -> StepWork:
-        """What a training step amounts to, on all devices."""
-        config = self.config
-        tokens = config.batch_size * config.sequence_length
-        flops = training_flops(config.model, config.sequence_length)
+    # ---- the data ----
+
+    def stage(self, step: int) -> Stage:
+        """The stage of update `step` + 1."""
+        return stage_of(self.stages, step)
+
+    def rows_before(self, step: int) -> int:
+        """Rows of data that the updates before `step` take, where none are skipped."""
+        return rows_before(self.config.schedule, self.config.batch_size, step)
+
+    def batch(self, step: int, skipped: int = 0) -> Batch:
+        """The batch of update `step` + 1, where the training step wants it, after `skipped` rows of
+        data that no update took."""
+        stage = self.stage(step)
+        batch = self.rows(self.rows_before(step) + skipped, stage.rows)
+        return parallel.place_rows(cut(batch, stage.length), self.mesh)
+
+    def work(self, step: int) -> StepWork:
+        """What update `step` amounts to, on all devices."""
+        config, stage = self.config, self.stage(step - 1)
+        tokens = stage.rows * config.sequence_length
+        flops = training_flops(config.model, stage.length)
         return StepWork(tokens, tokens * flops, peak_flops(config.compute_dtype))
 
-    def batch(self, step: int) -> Batch:
-        """Global batch `step` (>= 0), where the training step wants it."""
-        return parallel.place_rows(self.batches(step), self.mesh)
+    # ---- the programs ----
 
-    def _lowered(self, quantization: Quantization) -> jax.stages.Lowered:
+    def _over_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _lowered(self, variant: Variant) -> jax.stages.Lowered:
+        only_indexer, length, rows = variant.stage
+        config = self.run_config(variant.quantization)
         step = make_train_step(
             self.program,
-            self.optimizer,
-            self.config.schedule,
-            self.config.objective,
-            quantization,
-            self.shardings,
+            self.optimizer(only_indexer),
+            config,
+            only_indexer=only_indexer,
+            routed=variant.routed,
+            shardings=self.shardings(config),
         )
-        shape = (self.config.batch_size, self.config.sequence_length + 1)
+        shape = rows * (config.sequence_length // length), length + 1
         over = None if self.mesh is None else parallel.rows_sharding(self.mesh)
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over)  # tokens, segment_ids alike
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return step.lower(self.abstract_state(), rows, rows)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over)  # segment_ids alike
+        state = self.abstract_state(config)
+        arguments = (state, tokens, tokens)
+        with self._over_mesh():
+            if config.objective.distill:
+                return step.lower(*arguments, Parent(state.params, state.variables))
+            return step.lower(*arguments)
 
     def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         return lowered.compile()
 
-    def start_compiling(self, quantization: Quantization) -> None:
-        """Traces the step of `step(quantization)` and compiles it in a thread, if not done yet."""
-        if quantization not in self._steps:
-            lowered = self._lowered(quantization)
-            self._steps[quantization] = self._aside.submit(self._compile, lowered)
+    def start_compiling(self, variant: Variant) -> None:
+        """Traces the step of `compiled(variant)` and compiles it in a thread, if not done yet."""
+        if variant not in self._steps:
+            lowered = self._lowered(variant)
+            self._steps[variant] = self._aside.submit(self._compile, lowered)
+
+    def compiled(self, variant: Variant) -> jax.stages.Compiled:
+        """A compiled training step of `make_train_step`."""
+        self.start_compiling(variant)
+        return self._steps[variant].result()
 
     def step(self, quantization: Quantization) -> jax.stages.Compiled:
-        """The compiled training step of `make_train_step`."""
-        self.start_compiling(quantization)
-        return self._steps[quantization].result()
+        """The compiled training step of the last stage, which most of a run is."""
+        return self.compiled(Variant(quantization, self.stages[-1].program))
+
+    @functools.cache  # noqa: B019 - as many as there are arms
+    def look_ahead(self, quantization: Quantization):
+        """`make_look_ahead`'s function."""
+        config = self.run_config(quantization)
+        shardings = self.shardings(config)
+        ring = None if shardings is None else shardings.memory["routes"]
+        ahead = make_look_ahead(self.program, config, ring)
+
+        def over_mesh(*arguments):
+            with self._over_mesh():
+                return ahead(*arguments)
+
+        return over_mesh
+
+
+def _memory(config: RunConfig, params: Any) -> dict[str, Any]:
+    memory: dict[str, Any] = {}
+    if config.stability.skip_sigma:
+        memory["recent"] = stability.no_steps()
+    if config.stability.anticipates:
+        tokens = config.batch_size * config.sequence_length
+        memory["routes"] = anticipation.ring(config.model, config.stability.delay_steps, tokens)
+    return memory
