@@ -69,7 +69,7 @@ FINAL_FRACTION = number(
     "final_fraction", 0.1, "[training] Learning rate at the end, of the peak.", 0
 )
 WARMUP = number("warmup", 0.06, "[training] Warm-up: fraction, or steps.", 0)
-DENSE = number("dense", 0.1, "[training] Dense compressed attention first: fraction, or steps.", 0)
+DENSE = number("dense_until", 0.1, "[training] Dense attention before: fraction, or a step.", 0)
 LEARNING_RATE = number("learning_rate", 2.5e-3, "[training] Peak, of Muon and AdamW.", 0)
 INDEX_WEIGHT = number("index_weight", 1.0, "[training] Of the indexer's KL; 0 freezes it.", 0)
 BALANCE_WEIGHT = number("balance_weight", 1e-4, "[training] Of the balance loss.", 0)
@@ -113,7 +113,7 @@ def configure(vocab_size: int, data: str, seed: int):
             warmup_steps=fraction_or_steps("warmup"),
             decay_start=fraction_or_steps("decay_start"),
             final_fraction=FINAL_FRACTION.value,
-            dense_steps=fraction_or_steps("dense"),
+            dense_until=fraction_or_steps("dense_until"),
         ),
         optimizer=OptimizerConfig(
             learning_rate=LEARNING_RATE.value,

@@ -121,8 +121,9 @@ def make_train_step(
 
     The state is donated. config: of the run, its quantization too. only_indexer: the step is of the
     indexer's warm-up: nothing else moves, and `optimizer` is made for that. routed: experts are
-    those that `state.memory` holds for this step (`anticipation`). The parent is given where the run learns
-    from one. shardings: of the state on a mesh, which it keeps; to be traced within `jax.set_mesh`.
+    those that `state.memory` holds for this step (`anticipation`). The parent is given where the
+    run learns from one. shardings: of the state on a mesh, which it keeps; to be traced within
+    `jax.set_mesh`.
 
     metrics: the losses, `grad_norm` before clipping, `lr_scale`, `load_max` (largest load of an
     expert over the mean, over layers), `applied` (1, or 0 where the step was left out).
@@ -150,8 +151,8 @@ def make_train_step(
         if "mtp_loss" in found:
             loss += now.mtp_weight * found["mtp_loss"]
         if objective.index:
-            weight = objective.index * now.index if schedule.resolve("index_start") else objective.index
-            loss += weight * found["index_loss"]
+            counts = now.index if schedule.resolve("index_start") else 1.0
+            loss += objective.index * counts * found["index_loss"]
         return loss, (found, out.aux)
 
     def step(state: TrainState, tokens, segment_ids, parent: Parent | None = None):

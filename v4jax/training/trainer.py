@@ -104,9 +104,15 @@ class Trainer:
 
     def optimizer(self, only_indexer: bool = False):
         """The runs' optimizer; `only_indexer` as in the indexer's warm-up."""
-        scale = functools.partial(learning_rate_scale, self.config.schedule)
-        config = self.config
-        return build_optimizer(self.params, config.model, config.optimizer, scale, only_indexer)
+        config, schedule = self.config, self.config.schedule
+        return build_optimizer(
+            self.params,
+            config.model,
+            config.optimizer,
+            functools.partial(learning_rate_scale, schedule),
+            only_indexer=only_indexer,
+            index_start=schedule.resolve("index_start"),
+        )
 
     def _initial_state(self, config: RunConfig) -> TrainState:
         params, variables = split_model(self._model())
