@@ -41,8 +41,35 @@ def _recipe(config: dict, flat: dict) -> tuple[dict, dict]:
             "clip": "global",
             "newton_schulz": "hybrid",
         },
+        "objective": {"z_loss": 0.0, "distill": 0.0},
     }
     config = config | {name: config[name] | added[name] for name in added if name in config}
+    if "schedule" in config:
+        config["stability"] = {
+            "on_spike": "note",
+            "anticipate_from": None,
+            "delay_steps": 16,
+            "active_steps": 500,
+            "skip_sigma": 0.0,
+            "max_nonfinite": 3,
+            "max_rollbacks": 3,
+            "spikes": {
+                "threshold": 6.0,
+                "suspect": 2.5,
+                "lookback": 64,
+                "warmup": 100,
+                "cooldown": 500,
+                "decay": 0.9,
+            },
+        }
+        config["remedies"] = {
+            "dampening": 0.0,
+            "freeze_above": 0.0,
+            "reset_every": 0,
+            "ema_decay": 0.0,
+            "rounding": "nearest",
+            "track": False,
+        }
     if "dense_steps" in config.get("schedule", {}):
         schedule = dict(config["schedule"])
         config["schedule"] = schedule | {"dense_until": schedule.pop("dense_steps")}

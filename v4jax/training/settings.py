@@ -7,6 +7,7 @@ from v4jax.config import ModelConfig
 from v4jax.quantization import NO_QUANTIZATION, Quantization
 from v4jax.training.losses import Objective
 from v4jax.training.optimizer import OptimizerConfig
+from v4jax.training.remedies import RemedyConfig
 from v4jax.training.run_config import config_hash
 from v4jax.training.schedule import ScheduleConfig
 from v4jax.training.spikes import SpikeConfig
@@ -34,6 +35,7 @@ class RunConfig:
     compute_dtype: str = "float32"
     quantization: Quantization = NO_QUANTIZATION
     stability: StabilityConfig = StabilityConfig()
+    remedies: RemedyConfig = RemedyConfig()
     parent: str = ""
 
     def __post_init__(self):
@@ -70,6 +72,7 @@ class RunConfig:
                 "optimizer": OptimizerConfig(**fields["optimizer"]),
                 "objective": Objective(**fields["objective"]),
                 "quantization": Quantization(rules),
+                "remedies": RemedyConfig(**fields["remedies"]),
                 "stability": StabilityConfig(
                     **fields["stability"] | {"spikes": SpikeConfig(**fields["stability"]["spikes"])}
                 ),

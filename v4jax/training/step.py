@@ -16,8 +16,8 @@ from v4jax.config import ModelConfig
 from v4jax.layers.context import UNROUNDED, IndexFormats
 from v4jax.layers.router import updated_bias
 from v4jax.model import Transformer, chosen_experts
-from v4jax.quantization import quantize_params, resolve
-from v4jax.training import anticipation
+from v4jax.quantization import resolve
+from v4jax.training import anticipation, remedies
 from v4jax.training.losses import losses
 from v4jax.training.schedule import Phase, phase
 from v4jax.training.settings import RunConfig
@@ -158,7 +158,11 @@ def make_train_step(
     def step(state: TrainState, tokens, segment_ids, parent: Parent | None = None):
         now = phase(schedule, state.step)
         resolved = resolve(config.quantization, state.params)
-        rounded = quantize_params(state.params, resolved.weights)
+        memory = dict(state.memory)
+        remembered = memory.pop("remedies", {})
+        rounded = remedies.rounded(
+            config.remedies, state.params, resolved, remembered, state.step, config.seed
+        )
         routes = None
         if routed:
             shape = tokens.shape[0], tokens.shape[1] - 1
@@ -168,25 +172,30 @@ def make_train_step(
         )
         if shardings is not None:  # each device sums up its part alone
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        grads = remedies.adjusted(config.remedies, grads, state.params, rounded, resolved)
         norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            params, remembers = remedies.applied(
+                config.remedies, state.params, params, resolved, remembered
+            )
         variables = state.variables
         if not only_indexer:
             variables = moved_biases(variables, aux, program.config, objective.bias_speed)
-        changed = params, variables, opt_state
+        changed = params, variables, opt_state, remembers
+        before = state.params, state.variables, state.opt_state, remembered
         with jax.named_scope("guard"):
             applied = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-            memory = dict(state.memory)
             if stability.skip_sigma:
                 outlier, memory["recent"] = unusual(
                     memory["recent"], stability.skip_sigma, metrics["loss"], norm
                 )
                 applied &= ~outlier
-            changed = jax.tree.map(
-                lambda new, old: jnp.where(applied, new, old), changed, tuple(state[1:4])
-            )
+            changed = jax.tree.map(lambda new, old: jnp.where(applied, new, old), changed, before)
+        params, variables, opt_state, remembers = changed
+        if remembers:
+            memory["remedies"] = remembers
         loads = jnp.stack([layer["expert_load"] for layer in aux["layers"]])
         metrics |= {
             "grad_norm": norm,
@@ -194,7 +203,8 @@ def make_train_step(
             "load_max": jnp.max(loads) / jnp.mean(loads),
             "applied": applied.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, *changed, memory), metrics
+        metrics |= remedies.metrics(remembers)
+        return TrainState(state.step + 1, params, variables, opt_state, memory), metrics
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
@@ -211,7 +221,14 @@ def make_look_ahead(program: Program, config: RunConfig, ring: Any = None):
 
     def look(routes, state: TrainState, batch, tokens, segment_ids):
         resolved = resolve(config.quantization, state.params)
-        rounded = quantize_params(state.params, resolved.weights)
+        rounded = remedies.rounded(
+            config.remedies,
+            state.params,
+            resolved,
+            state.memory.get("remedies", {}),
+            state.step,
+            config.seed,
+        )
         model = program.bind(rounded, state.variables, resolved.index)
         dense = phase(config.schedule, batch).dense
         ids = chosen_experts(model, tokens[:, :-1], segment_ids[:, :-1], dense)

@@ -15,12 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from v4jax import parallel
 from v4jax.model import Transformer
-from v4jax.quantization import NO_QUANTIZATION, Quantization
-from v4jax.training import anticipation, stability
+from v4jax.quantization import Quantization, resolve
+from v4jax.training import anticipation, remedies, stability
 from v4jax.training.data import Batch, cut
 from v4jax.training.flops import peak_flops, training_flops
 from v4jax.training.observe import StepWork
 from v4jax.training.optimizer import build_optimizer
+from v4jax.training.remedies import RemedyConfig
 from v4jax.training.schedule import learning_rate_scale
 from v4jax.training.settings import RunConfig
 from v4jax.training.stages import Stage, check_stages, rows_before, stage_of, stages
@@ -88,7 +89,7 @@ class Trainer:
         config = dataclasses.replace(self.config, quantization=quantization)
         if not quantization.rules:
             plain = dataclasses.replace(config.objective, distill=0.0)
-            config = dataclasses.replace(config, objective=plain)
+            config = dataclasses.replace(config, objective=plain, remedies=RemedyConfig())
         return dataclasses.replace(config, parent=f"{parent}@{step}") if parent else config
 
     # ---- the state ----
@@ -255,4 +256,6 @@ def _memory(config: RunConfig, params: Any) -> dict[str, Any]:
     if config.stability.anticipates:
         tokens = config.batch_size * config.sequence_length
         memory["routes"] = anticipation.ring(config.model, config.stability.delay_steps, tokens)
+    if known := remedies.start(config.remedies, params, resolve(config.quantization, params)):
+        memory["remedies"] = known
     return memory
