@@ -170,8 +170,8 @@ class _Run:
                 now, recovery = step - 1, watch.recovery
                 lag = recovery.lag(stability, now)
                 for ahead in recovery.ahead(stability, now):
-                    seen = trainer.batch(ahead, recovery.skipped(ahead))
-                    state = trainer.look_ahead(quantization)(state, np.int32(ahead), *seen)
+                    skipped = recovery.skipped(ahead)
+                    state = trainer.look_ahead(state, quantization, ahead, skipped)
                 logs = step % pace.log_every == 0 or step in (self.start + 1, self.stop)
                 before = weights.keep(state.params) if weights and logs else {}
                 program = trainer.stage(now).program

@@ -14,7 +14,7 @@ from flax import nnx
 
 from v4jax.config import ModelConfig
 from v4jax.layers.context import UNROUNDED, IndexFormats
-from v4jax.layers.router import updated_bias
+from v4jax.layers.router import load_metrics, updated_bias
 from v4jax.model import Transformer, chosen_experts
 from v4jax.quantization import resolve
 from v4jax.training import anticipation, remedies
@@ -101,6 +101,34 @@ def moved_biases(variables, aux, config: ModelConfig, speed: float):
     return variables
 
 
+@jax.named_scope("metrics")
+def seen(aux) -> dict[str, jax.Array]:
+    """Metrics, float32 [], of what a forward pass tells of itself.
+
+    load_max: largest load of an expert over the mean, over layers; and layer by layer
+    `load/<layer>/` max, dead (experts that no token visits) and entropy (1: all loads are equal).
+    routing_disagreement, swiglu_clamped, index_kept_mass: means over the layers that tell them.
+    """
+    layers = {str(i): layer for i, layer in enumerate(aux["layers"])}
+    layers |= {"mtp": aux["mtp"]} if aux["mtp"] else {}
+    found = {
+        f"load/{name}/{metric}": value
+        for name, layer in layers.items()
+        for metric, value in load_metrics(layer["expert_load"]).items()
+    }
+    found["load_max"] = jnp.max(jnp.stack([found[f"load/{i}/max"] for i in layers if i != "mtp"]))
+    means = {
+        "routing_disagreement": "disagreement",
+        "swiglu_clamped": "clamped",
+        "index_kept_mass": "index_kept_mass",
+    }
+    for name, source in means.items():
+        told = [layer[source] for layer in layers.values() if source in layer]
+        if told:
+            found[name] = jnp.mean(jnp.stack(told))
+    return found
+
+
 class Parent(NamedTuple):
     """A frozen model to learn from: float32 masters, router biases and hash tables."""
 
@@ -125,8 +153,8 @@ def make_train_step(
     run learns from one. shardings: of the state on a mesh, which it keeps; to be traced within
     `jax.set_mesh`.
 
-    metrics: the losses, `grad_norm` before clipping, `lr_scale`, `load_max` (largest load of an
-    expert over the mean, over layers), `applied` (1, or 0 where the step was left out).
+    metrics: the losses, those of `seen`, `grad_norm` before clipping, `lr_scale`, `applied` (1, or
+    0 where the step was left out), and what `remedies.metrics` says.
     """
     schedule, objective, stability = config.schedule, config.objective, config.stability
 
@@ -196,11 +224,9 @@ def make_train_step(
         params, variables, opt_state, remembers = changed
         if remembers:
             memory["remedies"] = remembers
-        loads = jnp.stack([layer["expert_load"] for layer in aux["layers"]])
-        metrics |= {
+        metrics |= seen(aux) | {
             "grad_norm": norm,
             "lr_scale": now.lr_scale,
-            "load_max": jnp.max(loads) / jnp.mean(loads),
             "applied": applied.astype(jnp.float32),
         }
         metrics |= remedies.metrics(remembers)
@@ -212,11 +238,11 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def make_look_ahead(program: Program, config: RunConfig, ring: Any = None):
-    """(TrainState, batch, tokens, segment_ids) -> the state that knows the experts of batch `batch`.
+def make_look_ahead(program: Program, config: RunConfig):
+    """(ring, TrainState without it, batch, tokens, segment_ids) -> the ring with batch `batch`.
 
     batch: int32 []; tokens, segment_ids int32 [B, T+1]. One forward pass with the state's
-    parameters, as `config` rounds them, without head and losses. ring: the sharding of the ring.
+    parameters, as `config` rounds them, without head and losses.
     """
 
     def look(routes, state: TrainState, batch, tokens, segment_ids):
@@ -234,13 +260,4 @@ def make_look_ahead(program: Program, config: RunConfig, ring: Any = None):
         ids = chosen_experts(model, tokens[:, :-1], segment_ids[:, :-1], dense)
         return anticipation.put(routes, batch, ids)
 
-    jitted = jax.jit(look, donate_argnums=0, out_shardings=ring)
-
-    def ahead(state: TrainState, batch, tokens, segment_ids) -> TrainState:
-        memory = dict(state.memory)
-        routes = memory.pop("routes")
-        rest = state._replace(memory=memory)
-        memory = memory | {"routes": jitted(routes, rest, batch, tokens, segment_ids)}
-        return state._replace(memory=memory)
-
-    return ahead
+    return look

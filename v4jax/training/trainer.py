@@ -235,18 +235,25 @@ class Trainer:
         return self.compiled(Variant(quantization, self.stages[-1].program))
 
     @functools.cache  # noqa: B019 - as many as there are arms
-    def look_ahead(self, quantization: Quantization):
-        """`make_look_ahead`'s function."""
+    def _look(self, quantization: Quantization):
         config = self.run_config(quantization)
         shardings = self.shardings(config)
-        ring = None if shardings is None else shardings.memory["routes"]
-        ahead = make_look_ahead(self.program, config, ring)
+        out = None if shardings is None else shardings.memory["routes"]
+        return self._jit(make_look_ahead(self.program, config), donate_argnums=0, out_shardings=out)
 
-        def over_mesh(*arguments):
-            with self._over_mesh():
-                return ahead(*arguments)
+    def look_ahead(
+        self, state: TrainState, quantization: Quantization, step: int, skipped: int
+    ) -> TrainState:
+        """The state that knows the experts of the batch of update `step` + 1, by its parameters.
 
-        return over_mesh
+        skipped: as in `batch`.
+        """
+        memory = dict(state.memory)
+        ring = memory.pop("routes")
+        rest, batch = state._replace(memory=memory), self.batch(step, skipped)
+        with self._over_mesh():
+            ring = self._look(quantization)(ring, rest, np.int32(step), *batch)
+        return state._replace(memory=memory | {"routes": ring})
 
 
 def _memory(config: RunConfig, params: Any) -> dict[str, Any]:
