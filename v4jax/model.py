@@ -134,8 +134,9 @@ class Transformer(nnx.Module):
         streams = (embedded,) * self.config.hc_mult
         layers_aux = []
         for i, block in enumerate(self.layers):
+            own = routed(i)
             with jax.named_scope(f"layer_{i}"):
-                streams, aux = _remat(self.config, lambda s, b=block, c=routed(i): b(s, c))(streams)
+                streams, aux = _remat(self.config, lambda s, b=block, c=own: b(s, c))(streams)
             layers_aux.append(aux)
         if self.units:
             streams, stacked = self._scan_units(streams, ctx, routes)
