@@ -4,6 +4,7 @@ The page to read first. `Transformer(cfg, rngs=nnx.Rngs(0))(tokens)` is the whol
 Weights are float32 and nothing is fake-quantized unless `v4jax.quantization.quantized` is asked.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -28,9 +29,9 @@ class Output(NamedTuple):
     logits: float32 [B, T, V]; row t predicts token t+1.
     mtp_logits: float32 [B, T-1, V]; row t predicts token t+2. None without MTP.
     aux: {"layers": a tuple with a dict for each layer, "mtp": the MTP block's dict or None}. A
-        dict holds `expert_load` [E], `balance_loss` (top-k layers), `index_loss` (CSA layers whose
-        rows hold a window) and, where collected, `streams`, `maps`, `expert_ids`
-        and `index`.
+        dict holds `expert_load` [E], `balance_loss` (top-k layers), `disagreement` (the same, with
+        routes), `index_loss` (CSA layers whose rows hold a window) and, where collected,
+        `streams`, `maps`, `expert_ids` and `index`.
     """
 
     logits: jax.Array
@@ -95,17 +96,22 @@ class Transformer(nnx.Module):
         *,
         dense_index: jax.Array | bool = False,
         collect: bool = False,
+        routes: jax.Array | None = None,
     ) -> Output:
         """tokens: int32 [B, T]. segment_ids: int32 [B, T], one id a packed sample, 0 = padding.
 
         With segment ids nothing crosses a sample's border: the result equals running the samples
         apart. dense_index: CSA attends to every visible entry (the indexer's dense stage).
         collect: keep what analysis reads in aux. A float32 matmul is one on every platform.
+        routes: int [R, B, T, K] of `chosen_experts`, the ids that "moe" routers take in place of
+        their own choice (report 4.2.3); the weights are the gate's of now. Hash layers ignore
+        theirs. Raises ValueError where the shape is another.
         """
         with jax.default_matmul_precision("highest"):
-            return self._forward(tokens, segment_ids, dense_index, collect)
+            return self._forward(tokens, segment_ids, dense_index, collect, routes)
 
-    def _forward(self, tokens, segment_ids, dense_index, collect) -> Output:
+    def _forward(self, tokens, segment_ids, dense_index, collect, routes) -> Output:
+        check_routes(self.config, tokens, routes)
         ctx = make_context(
             self.config,
             tokens,
@@ -119,45 +125,59 @@ class Transformer(nnx.Module):
             embedded = parallel.over_rows(
                 lambda table, tokens: table[tokens], self.embed_tokens.weight[...], tokens
             ).astype(self.dtype)
+
+        def routed(layer: int) -> Context:
+            if routes is None:
+                return ctx
+            return dataclasses.replace(ctx, routes=routes[layer])
+
         streams = (embedded,) * self.config.hc_mult
         layers_aux = []
         for i, block in enumerate(self.layers):
+            own = routed(i)
             with jax.named_scope(f"layer_{i}"):
-                streams, aux = _remat(self.config, lambda s, b=block: b(s, ctx))(streams)
+                streams, aux = _remat(self.config, lambda s, b=block, c=own: b(s, c))(streams)
             layers_aux.append(aux)
         if self.units:
-            streams, stacked = self._scan_units(streams, ctx)
+            streams, stacked = self._scan_units(streams, ctx, routes)
             for i in range(self.config.schedule[2]):
                 layers_aux.extend(jax.tree.map(lambda a, i=i: a[i], aux) for aux in stacked)
         with jax.named_scope("head"):
             logits = self._logits(self.norm(self.hc_head(streams)))
         mtp_logits, mtp_aux = None, None
         if self.config.num_nextn_predict_layers:
-            mtp = _remat(self.config, lambda s: self.mtp(s, embedded, ctx))
+            last = routed(self.config.num_hidden_layers)
+            mtp = _remat(self.config, lambda s: self.mtp(s, embedded, last))
             with jax.named_scope("mtp"):
                 x, mtp_aux = mtp(streams)
                 with jax.named_scope("head"):
                     mtp_logits = self._logits(x[:, :-1])
         return Output(logits, mtp_logits, {"layers": tuple(layers_aux), "mtp": mtp_aux})
 
-    def _scan_units(self, streams, ctx: Context):
+    def _scan_units(self, streams, ctx: Context, routes: jax.Array | None):
         """Runs the unit `repeats` times; aux: for each of its layers a dict of stacked leaves.
 
         All repeats are traced once, so a scope names a layer's place in the unit.
         """
         graphdef, state = nnx.split(self.units)
+        prefix, unit, repeats = self.config.schedule
+        if routes is not None:
+            routes = routes[prefix : prefix + repeats * unit]
+            routes = routes.reshape(repeats, unit, *routes.shape[1:])
 
-        def body(streams, state):
+        def body(streams, of_repeat):
+            state, routes = of_repeat
             aux = []
             blocks: nnx.List[Block] = nnx.merge(graphdef, state)
             for i, block in enumerate(blocks):
-                run = _remat(self.config, lambda s, b=block: b(s, ctx), scanned=True)
+                c = ctx if routes is None else dataclasses.replace(ctx, routes=routes[i])
+                run = _remat(self.config, lambda s, b=block, c=c: b(s, c), scanned=True)
                 with jax.named_scope(f"unit_{i}"):
                     streams, block_aux = run(streams)
                 aux.append(block_aux)
             return streams, tuple(aux)
 
-        return jax.lax.scan(body, streams, state)
+        return jax.lax.scan(body, streams, (state, routes))
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """float32 [..., V] of x [..., D]: the release keeps the head in float32."""
@@ -180,6 +200,36 @@ def _remat(cfg: ModelConfig, f, scanned: bool = False):
         "full": jax.checkpoint_policies.nothing_saveable,
     }[cfg.remat]
     return jax.checkpoint(f, policy=policy, prevent_cse=not scanned)
+
+
+def routed_blocks(cfg: ModelConfig) -> int:
+    """R, the blocks that routes are for: the layers, then MTP's."""
+    return cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+
+
+def check_routes(cfg: ModelConfig, tokens: jax.Array, routes: jax.Array | None) -> None:
+    """Raises ValueError, one line, where routes are no integers [R, B, T, K] of `tokens` [B, T]."""
+    wanted = (routed_blocks(cfg), *tokens.shape, cfg.num_experts_per_tok)
+    if routes is None or (routes.shape == wanted and jnp.issubdtype(routes.dtype, jnp.integer)):
+        return
+    raise ValueError(f"routes: got {routes.dtype} {routes.shape}, allowed: integers {wanted}")
+
+
+def chosen_experts(
+    model: Transformer,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    dense_index: jax.Array | bool = False,
+) -> jax.Array:
+    """int32 [R, B, T, K]: the experts of each token by these parameters, R layers and then MTP.
+
+    What `Transformer`'s `routes` takes. Forward only, to be jitted: the compiler drops whatever no
+    choice depends on, such as logits and losses. Rows stay where tokens' rows are on a mesh.
+    tokens, segment_ids: int32 [B, T].
+    """
+    aux = model(tokens, segment_ids, dense_index=dense_index, collect=True).aux
+    blocks = [*aux["layers"], *([aux["mtp"]] if aux["mtp"] else [])]
+    return jnp.stack([jax.lax.stop_gradient(block["expert_ids"]) for block in blocks])
 
 
 def abstract_model(cfg: ModelConfig) -> Transformer:

@@ -39,6 +39,8 @@ class Context:
     entry_rotary: attention kind -> (cos, sin) float32 [B, C, r/2] at each window's first token.
     dense_index: bool or bool scalar; True lets CSA attend to every visible entry.
     collect: True adds what analysis needs (streams, index operands, expert choices) to aux.
+    routes: int [B, T, K], a layer's own: the experts that its "moe" router takes in place of those
+        that it would choose now. None: it chooses.
     """
 
     token_ids: jax.Array
@@ -51,6 +53,7 @@ class Context:
     index_formats: IndexFormats
     dense_index: jax.Array | bool
     collect: bool
+    routes: jax.Array | None = None
 
 
 def sample_positions(segment_ids: jax.Array) -> jax.Array:

@@ -5,6 +5,9 @@
     hash_moe:  ids = tid2eid[token id], a fixed table
     weights = s[ids] / (sum s[ids] + 1e-20) * routed_scaling_factor      never the bias
 
+Anticipatory routing (report 4.2.3) hands ids in, chosen by earlier parameters: `Context.routes`.
+They take the place of the top-K choice alone: weights, and their gradient, are from the gate now.
+
 The bias is moved outside the gradient after each step (`updated_bias`). The table is a pure
 function of a seed and token counts (`hash_table`); the report does not publish its own.
 Departures: with packed rows the balance loss takes a row for the sequence.
@@ -46,7 +49,9 @@ class Router(nnx.Module):
         """x [B, T, D] -> ids int32 [B, T, K], weights float32 [B, T, K], aux.
 
         aux: `expert_load` float32 [E], valid tokens sent to each expert; `balance_loss` scalar,
-        not on hash layers (their choice does not depend on the gate).
+        not on hash layers (their choice does not depend on the gate); `disagreement` scalar, of a
+        "moe" router with routes: the share of valid tokens' K choices, as used, that are not among
+        the K that the gate would choose now. Loads and balance loss count what is used.
         """
         cfg = self.config
         logits = jnp.einsum(
@@ -62,7 +67,9 @@ class Router(nnx.Module):
         else:
             biased = jax.lax.stop_gradient(scores) + self.e_score_correction_bias[...]
             k = cfg.num_experts_per_tok
-            ids = parallel.over_rows(lambda _, x: jax.lax.top_k(x, k)[1], None, biased)
+            ids = live = parallel.over_rows(lambda _, x: jax.lax.top_k(x, k)[1], None, biased)
+            if ctx.routes is not None:
+                ids = ctx.routes.astype(jnp.int32)
         hot = jax.nn.one_hot(ids, cfg.n_routed_experts, dtype=jnp.float32)  # [B T K E]
         weights = jnp.einsum("BTKE,BTE->BTK", hot, scores)  # a gather whose gradient is no scatter
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
@@ -70,9 +77,21 @@ class Router(nnx.Module):
         aux = {"expert_load": jnp.sum(chosen, axis=(0, 1))}
         if self.kind == "moe":
             aux["balance_loss"] = balance_loss(scores, chosen, ctx.valid, cfg.num_experts_per_tok)
+            if ctx.routes is not None:
+                aux["disagreement"] = disagreement(ids, live, ctx.valid)
         if ctx.collect:
             aux["expert_ids"] = ids
         return ids, weights * cfg.routed_scaling_factor, aux
+
+
+def disagreement(used: jax.Array, live: jax.Array, valid: jax.Array) -> jax.Array:
+    """Share of the choices `used` that `live` does not hold, over valid tokens: float32 scalar.
+
+    used, live: int32 [B, T, K], each token's K distinct experts in any order. valid: bool [B, T].
+    """
+    found = jnp.any(used[..., :, None] == live[..., None, :], axis=-1)
+    choices = jnp.maximum(jnp.sum(valid), 1) * used.shape[-1]
+    return jnp.sum(~found & valid[..., None]) / choices
 
 
 def sqrtsoftplus(z: jax.Array) -> jax.Array:
