@@ -12,7 +12,7 @@ from tests.jax_model import quick_jit, split
 from tests.training import tiny
 from v4jax.config import CSA, SLIDING
 from v4jax.model import Transformer, chosen_experts, routed_blocks
-from v4jax.training.step import losses
+from v4jax.training.losses import losses
 
 SMALL = {"hc_mult": 2, "hc_sinkhorn_iters": 1, "vocab_size": 40, "moe_intermediate_size": 16}
 MODEL = tiny.model(layer_types=(CSA,), mlp_layer_types=("moe",), **SMALL)
