@@ -99,9 +99,9 @@ def configure(vocab_size: int, data: str, seed: int):
     import jax
 
     from v4jax import presets
+    from v4jax.training.losses import Objective
     from v4jax.training.optimizer import OptimizerConfig
     from v4jax.training.schedule import ScheduleConfig
-    from v4jax.training.losses import Objective
     from v4jax.training.settings import RunConfig
 
     model = presets.PRESETS[PRESET.value](vocab_size)

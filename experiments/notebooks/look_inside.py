@@ -16,10 +16,10 @@ from v4jax.config import CSA, HCA, CompressRates
 from v4jax.training import command
 from v4jax.training.corpus import load_corpus, split
 from v4jax.training.data import Dataset
+from v4jax.training.losses import Objective
 from v4jax.training.optimizer import OptimizerConfig
 from v4jax.training.run import RunConfig, Trainer, load_run, train
 from v4jax.training.schedule import ScheduleConfig
-from v4jax.training.losses import Objective
 from v4jax.training.tokenizer import get_tokenizer
 
 command.cache_compilations()  # the second time, nothing compiles

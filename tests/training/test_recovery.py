@@ -125,7 +125,10 @@ def test_three_steps_that_are_not_finite_send_the_run_back_and_then_end_it(wrong
     spent = dataclasses.replace(recovery, failed=2, rollbacks=3)
     _, verdict = spent.saw(NOTE, 6, wrong, 1.0, False)
     assert isinstance(verdict, Ruin)
-    assert verdict.why == "loss or gradient not finite in steps 4 to 6, after 3 returns to a checkpoint"
+    assert (
+        verdict.why
+        == "loss or gradient not finite in steps 4 to 6, after 3 returns to a checkpoint"
+    )
 
 
 def test_a_step_left_out_is_told():

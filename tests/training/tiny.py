@@ -10,11 +10,11 @@ from v4jax.analysis.evaluation import Evaluator
 from v4jax.config import CSA, CompressRates, ModelConfig
 from v4jax.training.corpus import Corpus, split
 from v4jax.training.data import Dataset
+from v4jax.training.losses import Objective
 from v4jax.training.optimizer import OptimizerConfig
 from v4jax.training.schedule import ScheduleConfig
-from v4jax.training.losses import Objective
-from v4jax.training.tokenizer import Tokenizer, get_tokenizer
 from v4jax.training.settings import RunConfig
+from v4jax.training.tokenizer import Tokenizer, get_tokenizer
 from v4jax.training.trainer import Trainer
 
 LENGTH, BATCH_SIZE = 32, 2

@@ -14,9 +14,9 @@ from v4jax.training.corpus import Corpus
 from v4jax.training.data import Dataset, EvalWindows
 from v4jax.training.machine import environment
 from v4jax.training.metrics import table
+from v4jax.training.settings import RunConfig
 from v4jax.training.step import TrainState
 from v4jax.training.switch import Arms
-from v4jax.training.settings import RunConfig
 from v4jax.training.trainer import Trainer
 
 

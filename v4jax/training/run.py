@@ -229,9 +229,7 @@ class _Run:
         distributed.barrier(f"back before step {order.before}")
         state, first, there = self._state_to_go_on_from()
         rows = self.trainer.rows_before(order.step) - self.trainer.rows_before(first)
-        recovery = watch.recovery.back(
-            self.config.stability, order, there.recovery, first, rows
-        )
+        recovery = watch.recovery.back(self.config.stability, order, there.recovery, first, rows)
         if distributed.is_main():
             set_aside(self.folder, first, recovery.rollbacks)
         return state, first, Watch(self.config.stability, recovery)

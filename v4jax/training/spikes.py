@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)

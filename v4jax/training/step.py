@@ -14,7 +14,7 @@ from flax import nnx
 
 from v4jax.config import ModelConfig
 from v4jax.layers.context import UNROUNDED, IndexFormats
-from v4jax.layers.router import load_metrics, updated_bias
+from v4jax.layers.router import updated_bias
 from v4jax.model import Transformer, chosen_experts
 from v4jax.quantization import resolve
 from v4jax.training import anticipation, remedies
@@ -101,22 +101,33 @@ def moved_biases(variables, aux, config: ModelConfig, speed: float):
     return variables
 
 
+def load_metrics(load):  # TEMPORARY
+    mean = jnp.mean(load, axis=-1)
+    p = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1)
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
+    return {
+        "load_max": jnp.max(load, axis=-1) / mean,
+        "dead_experts": jnp.sum(load == 0, axis=-1),
+        "load_entropy": entropy / jnp.log(load.shape[-1]),
+    }
+
+
 @jax.named_scope("metrics")
 def seen(aux) -> dict[str, jax.Array]:
     """Metrics, float32 [], of what a forward pass tells of itself.
 
-    load_max: largest load of an expert over the mean, over layers; and layer by layer
-    `load/<layer>/` max, dead (experts that no token visits) and entropy (1: all loads are equal).
+    load_max: largest load of an expert over the mean, over layers; `load_metrics` of each layer,
+    "load_max/3" and so on.
     routing_disagreement, swiglu_clamped, index_kept_mass: means over the layers that tell them.
     """
     layers = {str(i): layer for i, layer in enumerate(aux["layers"])}
     layers |= {"mtp": aux["mtp"]} if aux["mtp"] else {}
     found = {
-        f"load/{name}/{metric}": value
+        f"{metric}/{name}": value
         for name, layer in layers.items()
         for metric, value in load_metrics(layer["expert_load"]).items()
     }
-    found["load_max"] = jnp.max(jnp.stack([found[f"load/{i}/max"] for i in layers if i != "mtp"]))
+    found["load_max"] = jnp.max(jnp.stack([found[f"load_max/{i}"] for i in layers if i != "mtp"]))
     means = {
         "routing_disagreement": "disagreement",
         "swiglu_clamped": "clamped",
@@ -145,7 +156,7 @@ def make_train_step(
     routed: bool = False,
     shardings: TrainState | None = None,
 ):
-    """(TrainState, tokens, segment_ids int32 [B, T+1], Parent?) -> (TrainState, metrics of scalars).
+    """(TrainState, tokens, segment_ids int32 [B, T+1], Parent?) -> (TrainState, metrics).
 
     The state is donated. config: of the run, its quantization too. only_indexer: the step is of the
     indexer's warm-up: nothing else moves, and `optimizer` is made for that. routed: experts are

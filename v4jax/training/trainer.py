@@ -52,8 +52,8 @@ class Trainer:
 
     config: the configuration of the runs, but for quantization and parent. rows: (first, count) ->
     so many rows of the training data from `first` on, of which this process has its share
-    (`parallel.share`): `Batches.rows`. token_counts: [V], for the hash layers. tokenizer: saved with
-    each run. mesh: the devices, None: one.
+    (`parallel.share`): `Batches.rows`. token_counts: [V], for the hash layers. tokenizer: saved
+    with each run. mesh: the devices, None: one.
 
     Raises ValueError, one line, where rows or parameters do not divide over the mesh.
     """
