@@ -14,13 +14,17 @@ import numpy as np
 from v4jax import presets
 from v4jax.config import CSA, HCA, SLIDING, CompressRates, ModelConfig
 from v4jax.quantization import NO_QUANTIZATION, PAPER, Quantization
+from v4jax.training.anticipation import Active
 from v4jax.training.data import Batch
 from v4jax.training.losses import Objective, losses
 from v4jax.training.optimizer import OptimizerConfig
+from v4jax.training.remedies import RemedyConfig
 from v4jax.training.schedule import ScheduleConfig
 from v4jax.training.settings import RunConfig
+from v4jax.training.stability import StabilityConfig
+from v4jax.training.step import Parent
 from v4jax.training.tokenizer import Tokenizer
-from v4jax.training.trainer import Trainer
+from v4jax.training.trainer import Trainer, Variant
 
 BATCH, LENGTH = 4, 256
 CONFIG = ModelConfig(
@@ -54,21 +58,41 @@ class Option:
     optimizer: OptimizerConfig = OptimizerConfig(matrices="adamw", train_indexer=False)
     objective: Objective = Objective(balance=0.0, index=0.0)
     quantization: Quantization = NO_QUANTIZATION
+    stability: StabilityConfig = StabilityConfig()
+    remedies: RemedyConfig = RemedyConfig()
 
 
 PLAIN = Option()
+QAT = Option(quantization=PAPER)
 OPTIONS = {
-    "MTP": dataclasses.replace(
-        PLAIN, model=dataclasses.replace(CONFIG, num_nextn_predict_layers=1)
+    "MTP": Option(model=dataclasses.replace(CONFIG, num_nextn_predict_layers=1)),
+    "Muon": Option(optimizer=OptimizerConfig(train_indexer=False)),
+    "Muon, five steps": Option(
+        optimizer=OptimizerConfig(newton_schulz="five", train_indexer=False)
     ),
-    "Muon": dataclasses.replace(
-        PLAIN, optimizer=OptimizerConfig(matrices="muon", train_indexer=False)
+    "gradients clipped per group": Option(
+        optimizer=dataclasses.replace(PLAIN.optimizer, clip="group")
     ),
-    "QAT of experts, index q and k": dataclasses.replace(PLAIN, quantization=PAPER),
-    "the indexer's KL": dataclasses.replace(
-        PLAIN,
-        optimizer=OptimizerConfig(matrices="adamw"),
-        objective=Objective(balance=0.0, index=1.0),
+    "the indexer's KL": Option(
+        optimizer=OptimizerConfig(matrices="adamw"), objective=Objective(balance=0.0, index=1.0)
+    ),
+    "z-loss": Option(objective=dataclasses.replace(PLAIN.objective, z_loss=1e-4)),
+    "no clamp in SwiGLU": Option(model=dataclasses.replace(CONFIG, swiglu_limit=None)),
+    "outliers left out": Option(stability=StabilityConfig(skip_sigma=6.0)),
+    "anticipatory routing": Option(
+        stability=StabilityConfig(anticipate_from=0, active_steps=1_000_000)
+    ),
+    "QAT of experts, index q and k": QAT,
+    "QAT, distilled from its parent": dataclasses.replace(
+        QAT, objective=dataclasses.replace(PLAIN.objective, distill=0.5)
+    ),
+    "QAT, dampened": dataclasses.replace(QAT, remedies=RemedyConfig(dampening=1e-3)),
+    "QAT, oscillation followed": dataclasses.replace(QAT, remedies=RemedyConfig(track=True)),
+    "QAT, frozen": dataclasses.replace(QAT, remedies=RemedyConfig(freeze_above=0.02)),
+    "QAT, reset": dataclasses.replace(QAT, remedies=RemedyConfig(reset_every=200)),
+    "QAT, rounded by a mean": dataclasses.replace(QAT, remedies=RemedyConfig(ema_decay=0.998)),
+    "QAT, rounded at random": dataclasses.replace(
+        QAT, remedies=RemedyConfig(rounding="stochastic")
     ),
 }
 
@@ -85,6 +109,8 @@ def trainer(option: Option, batch: int = BATCH, length: int = LENGTH) -> Trainer
         seed=0,
         data="random tokens",
         quantization=option.quantization,
+        stability=option.stability,
+        remedies=option.remedies,
     )
     vocabulary = option.model.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, length + 1), np.int32)
@@ -95,12 +121,20 @@ def trainer(option: Option, batch: int = BATCH, length: int = LENGTH) -> Trainer
 
 def stepper(trainer: Trainer) -> Callable[[], jax.Array]:
     """A function without arguments that makes the next update, as a run does: -> its loss."""
-    update = trainer.step(trainer.config.quantization)
+    config = trainer.config
+    first = config.stability.anticipate_from
+    active = None if first is None else Active(first, config.stability.active_steps)
+    program = Variant(config.quantization, trainer.stages[-1].program, routed=active is not None)
+    update = trainer.compiled(program)
     state, step = trainer.initial_state(), 0
+    copied = jax.tree.map(jnp.copy, (state.params, state.variables))
+    parent = (Parent(*copied),) if config.objective.distill else ()
 
     def run() -> jax.Array:
         nonlocal state, step
-        state, metrics = update(state, *trainer.batch(step))
+        for ahead in active.ahead(step, config.stability.delay_steps) if active else ():
+            state = trainer.look_ahead(state, config.quantization, ahead, 0)
+        state, metrics = update(state, *trainer.batch(step), *parent)
         step += 1
         return metrics["loss"]
 

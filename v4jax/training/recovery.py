@@ -1,9 +1,9 @@
 """What a run does when its loss jumps or is not finite: when to go back, to where, what then.
 
 Everything here is numbers of the host, a pure function of the losses seen, and part of each
-checkpoint: a run killed at any instant, in the middle of going back too, comes to the same decisions
-again. That is why a run goes back to checkpoints of its regular pace alone, and why a spike is told
-one step later: no step then waits for its own loss.
+checkpoint: a run killed at any instant, in the middle of going back too, comes to the same
+decisions again. That is why a run goes back to checkpoints of its regular pace alone, and why a
+spike is told one step later: no step then waits for its own loss.
 
 Steps count updates: update `step` is the one after which so many were made.
 """

@@ -80,7 +80,7 @@ def train(
     """Trains the run in `folder` up to `stop` updates and returns its state; resumes what is there.
 
     Raises ValueError, one line, where the folder holds another configuration; FloatingPointError
-    where losses stay not finite, as `StabilityConfig` says; `distributed.Preempted`, with everything
+    where losses stay not finite, as `StabilityConfig` says; `distributed.Preempted`, with all
     saved, after a SIGTERM. Several processes train together, on a folder that all of them see.
     """
     config = trainer.run_config(quantization)
@@ -238,7 +238,7 @@ class _Run:
         return step % self.pace.save_every == 0 or step in self.pace.keep
 
     def _state_to_go_on_from(self) -> tuple[TrainState, int, Watch]:
-        """The run's newest whole checkpoint, else the branch's, else step 0; its step, its watch."""
+        """The run's newest whole checkpoint, else the branch's, else step 0; its step and watch."""
         trainer, config, checkpointer = self.trainer, self.config, self.checkpointer
         abstract = trainer.abstract_state(config)
         try:

@@ -1,9 +1,9 @@
 """What a run does about steps that go wrong: its choices, and what a step decides by itself.
 
 A step whose loss or gradient is not finite is not applied, ever. Asked to, a step is also left out
-whose loss or gradient norm is an outlier among the last ones (OLMo's rule: above mean + `skip_sigma`
-standard deviations of the last 128, once 64 are known). What needs more than the step itself, going
-back to a checkpoint, is `recovery.py`'s.
+whose loss or gradient norm is an outlier among the last ones (OLMo's rule: above mean +
+`skip_sigma` standard deviations of the last 128, once 64 are known). What needs more than the step
+itself, going back to a checkpoint, is `recovery.py`'s.
 """
 
 import dataclasses
