@@ -86,12 +86,13 @@ def check_stages(
 ) -> None:
     """Raises ValueError, one line, where the stages do not fit the run.
 
-    index_weight: of the indexer's loss. devices: of the mesh, over which rows are spread.
+    index_weight: of the indexer's loss; 0 where no indexer learns. devices: of the mesh, over
+    which rows are spread.
     """
     if schedule.resolve("indexer_warmup") and not index_weight:
         raise ValueError(
             f"{named('indexer_warmup')}: got {schedule.indexer_warmup!r}, allowed: 0, as the "
-            "weight of the indexer's loss (--index_weight) is 0: nothing would learn"
+            "weight of the indexer's loss (--index_weight) is 0 and nothing would learn"
         )
     lengths = [length for _, length in schedule.starts("lengths", sequence_length)]
     wrong = [length for length in lengths if sequence_length % length]
@@ -133,42 +134,43 @@ def stage_table(
     *,
     qat_start: int | None = None,
 ) -> str:
-    """What a run does when: one line wherever anything changes. qat_start: in updates, of QAT."""
+    """What a run does when: one line wherever anything changes. Steps count from 1, as in metrics.
+
+    qat_start: updates before QAT begins; None: it never does.
+    """
     found = stages(schedule, sequence_length, batch_size)
-    names = ("warmup_steps", "decay_start", "decay_end", "index_start")
     borders = {at for stage in found for at in (stage.first, stage.last)}
-    borders |= {schedule.resolve(name) for name in names}
+    borders |= {schedule.resolve(name) for name in ("warmup_steps", "decay_start", "decay_end")}
+    borders |= {schedule.resolve("index_start")} if optimizer.train_indexer else set()
     borders |= {qat_start} if qat_start is not None else set()
     within = sorted(at for at in borders if at <= schedule.total_steps)
     rows = []
     for at, end in itertools.pairwise(within):
         stage, now = stage_of(found, at), phase(schedule, at)
+        scales = [float(learning_rate_scale(schedule, step)) for step in (at, end - 1)]
+        indexer_scales = [1.0, 1.0] if stage.only_indexer else scales
+        main = not stage.only_indexer
         indexer = optimizer.train_indexer and bool(now.index)
+        peak = optimizer.indexer_learning_rate or optimizer.learning_rate
         rows.append(
             (
                 f"{at + 1}-{end}",
-                _rate(schedule, optimizer, stage, at, end),
-                "-" if stage.only_indexer else f"{float(now.mtp_weight):.3g}",
+                ("all" if indexer else "all but indexer") if main else "indexer",
+                _rates(optimizer.learning_rate, scales) if main else "-",
+                _rates(peak, indexer_scales) if indexer else "-",
+                f"{float(now.mtp_weight):.3g}" if main else "-",
                 "dense" if stage.dense else "sparse",
-                "indexer" if stage.only_indexer else "all" if indexer else "all but indexer",
                 f"{stage.length:,}",
-                f"{stage.rows * sequence_length // stage.length:,}",
+                f"{stage.shape(sequence_length)[0]:,}",
                 f"{(end - at) * stage.rows * sequence_length:,}",
                 "BF16" if qat_start is None or at < qat_start else "QAT",
             )
         )
-    headers = ("steps", "learning rate", "MTP weight", "attention", "learns", "length", "rows")
-    return table(rows, (*headers, "tokens", "weights"))
+    headers = ("steps", "learns", "learning rate", "indexer's", "MTP weight", "attention")
+    return table(rows, (*headers, "tokens a row", "rows", "tokens", "weights"))
 
 
-def _rate(
-    schedule: ScheduleConfig, optimizer: OptimizerConfig, stage: Stage, at: int, end: int
-) -> str:
-    """The learning rates of a stage's first and last step."""
-    if stage.only_indexer:
-        return f"{optimizer.indexer_learning_rate or optimizer.learning_rate:.3g}"
-    rates = [
-        f"{optimizer.learning_rate * float(learning_rate_scale(schedule, step)):.3g}"
-        for step in (at, end - 1)
-    ]
-    return rates[0] if rates[0] == rates[1] else f"{rates[0]} to {rates[1]}"
+def _rates(peak: float, scales: list[float]) -> str:
+    """The learning rates of a first and a last step."""
+    first, last = (f"{peak * scale:.3g}" for scale in scales)
+    return first if first == last else f"{first} to {last}"
