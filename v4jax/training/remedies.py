@@ -102,7 +102,7 @@ def start(config: RemedyConfig, params: Any, resolved: Resolved) -> Memory:
     weights that oscillated by their ways in the last whole window. frozen (bool), average (float32,
     of the rounded weight): of freezing. ema: float32, of the master.
     """
-    weights = _fp4(params, resolved)
+    weights = fp4(params, resolved)
     if not weights or not config.remembers:
         return {}
     memory: Memory = {"updates": jnp.zeros((), jnp.int32)}
@@ -162,7 +162,7 @@ def adjusted(
         inside = jnp.abs(w) <= weight_health.LARGEST * weight_health.hold(w, fmt).scale
         return grad + jnp.where(inside, 2 * config.dampening * (w - values[path]), 0)
 
-    return _changed(grads, {path: leaf(path, g) for path, g in _fp4(grads, resolved).items()})
+    return changed(grads, {path: leaf(path, g) for path, g in fp4(grads, resolved).items()})
 
 
 def applied(
@@ -175,7 +175,7 @@ def applied(
     """
     if not memory:
         return after, memory
-    old, new = _fp4(before, resolved), _fp4(after, resolved)
+    old, new = fp4(before, resolved), fp4(after, resolved)
     if config.freeze_above:
         new = {p: jnp.where(memory["frozen"][p], old[p], w) for p, w in new.items()}
     updates = memory["updates"] + 1
@@ -185,7 +185,7 @@ def applied(
         new[path], kept = _applied(config, old[path], new[path], fmt, mine, updates)
         for name, value in kept.items():
             found.setdefault(name, {})[path] = value
-    return _changed(after, new), {"updates": updates, **found}
+    return changed(after, new), {"updates": updates, **found}
 
 
 def _applied(
@@ -251,12 +251,13 @@ def _formats(resolved: Resolved) -> dict[str, Format]:
     return {path: fmt for path, fmt in resolved.weights.items() if fmt.bits == 4}
 
 
-def _fp4(params: Any, resolved: Resolved) -> dict[str, Array]:
+def fp4(params: Any, resolved: Resolved) -> dict[str, Array]:
+    """The weights of FP4 formats by path."""
     flat = flat_paths(params)
     return {path: flat[path] for path in _formats(resolved)}
 
 
-def _changed(params: Any, leaves: Mapping[str, Array]) -> Any:
+def changed(params: Any, leaves: Mapping[str, Array]) -> Any:
     """The tree with the leaves at these paths."""
 
     def leaf(path, x):
@@ -271,9 +272,9 @@ def _rounded_by(
     """`quantize_params`, but FP4 weights by `rule`."""
     formats = _formats(resolved)
     others = {path: fmt for path, fmt in resolved.weights.items() if path not in formats}
-    weights = _fp4(params, resolved)
+    weights = fp4(params, resolved)
     leaves = {path: rule(path, w, formats[path]) for path, w in weights.items()}
-    return _changed(quantize_params(params, others), leaves)
+    return changed(quantize_params(params, others), leaves)
 
 
 def _swapped(states: Mapping[str, Oscillation]) -> Memory:

@@ -221,20 +221,3 @@ def oscillating(
         "oscillating_often": jnp.mean(state.frequency > frequency, dtype=jnp.float32),
         "oscillating_far": jnp.mean(far(state, ratio), dtype=jnp.float32),
     }
-
-
-def straight_through_cosine(at_rounded: Array, at_master: Array) -> Array:
-    """Cosine, float32 [], of the gradient at the rounded weight, which straight-through training
-    uses, with the gradient at the master."""
-    a, b = (jnp.ravel(x).astype(jnp.float32) for x in (at_rounded, at_master))
-    return jnp.vdot(a, b) / jnp.maximum(jnp.linalg.norm(a) * jnp.linalg.norm(b), 1e-30)
-
-
-def over_noise(at_rounded: Array, at_master: Array) -> Array:
-    """Norm of the gradient over sqrt(3) times the norm of what rounding adds to it, float32 [].
-
-    Below 1, training on rounded weights no longer helps ("FP4 All the Way", arXiv 2505.19115). What
-    rounding adds is the difference of the gradients at the rounded weight and at the master.
-    """
-    a, b = (jnp.ravel(x).astype(jnp.float32) for x in (at_rounded, at_master))
-    return jnp.linalg.norm(a) / jnp.maximum(jnp.sqrt(3.0) * jnp.linalg.norm(a - b), 1e-30)
