@@ -27,6 +27,8 @@ STEP = "train"
 class Pace:
     """How often a run speaks and saves, in steps. Does not change its numbers.
 
+    probe_every: how often gradients through FP4 weights are looked at (`gradient_health`), which
+    takes about two steps; 0: never.
     keep: checkpoints that are never deleted, as later runs branch off them. trackers: beside
     TensorBoard, see `v4jax.training.trackers`. profile: the steps to trace, as metrics count them.
     """
@@ -34,6 +36,7 @@ class Pace:
     log_every: int = 10
     save_every: int = 100
     max_to_keep: int = 2
+    probe_every: int = 0
     keep: tuple[int, ...] = ()
     trackers: tuple[str, ...] = ()
     profile: range | None = None

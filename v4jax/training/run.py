@@ -177,6 +177,8 @@ class _Run:
                 program = trainer.stage(now).program
                 update = trainer.compiled(Variant(quantization, program, routed=lag is not None))
                 batch = trainer.batch(now, recovery.skipped(now))
+                probes = pace.probe_every and step % pace.probe_every == 0
+                probed = self._probed(state, batch) if probes else {}
                 state, metrics = update(state, *batch, *parent)
                 observer.saw(step, metrics)
                 preempted = distributed.preempted()
@@ -185,7 +187,8 @@ class _Run:
                     order = watch.last()
                 ends = preempted or step == self.stop or order is not None
                 saves = step % pace.save_every == 0 or ends or step in pace.keep
-                if logs or ends:
+                if logs or ends or probed:
+                    metrics |= probed
                     if lag is not None:
                         metrics["routing_lag"] = lag
                     if lossless is not None:
@@ -208,6 +211,12 @@ class _Run:
                         f"{self.folder}: SIGTERM, saved at step {step}; the same command goes on"
                     )
         return state, None
+
+    def _probed(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        """The health of the gradients that the next update follows."""
+        probe = self.trainer.probe(self.config.quantization)
+        memory = state.memory.get("remedies", {})
+        return probe(state.params, memory, state.step, state.variables, *batch, state.step)
 
     def _newest(self) -> str:
         self.checkpointer.wait()

@@ -19,7 +19,7 @@ from v4jax.model import Transformer, chosen_experts
 from v4jax.quantization import resolve
 from v4jax.training import anticipation, remedies
 from v4jax.training.losses import losses
-from v4jax.training.schedule import Phase, phase
+from v4jax.training.schedule import phase
 from v4jax.training.settings import RunConfig
 from v4jax.training.stability import unusual
 
@@ -147,6 +147,40 @@ class Parent(NamedTuple):
     variables: Any
 
 
+def make_loss(program: Program, config: RunConfig, *, only_indexer: bool = False):
+    """(params, variables, tokens, segment_ids, step, routes=None, parent=None) -> (loss, (the
+    losses of `losses.losses`, the model's aux)): what a step differentiates, with respect to
+    params, the rounded weights. step: int32 [], updates done. The others as in `make_train_step`.
+    """
+    schedule, objective = config.schedule, config.objective
+
+    def loss_of(params, variables, tokens, segment_ids, step, routes=None, parent=None):
+        now = phase(schedule, step)
+        index = resolve(config.quantization, params).index
+        dense = now.dense if schedule.sparse_from else False  # static: compiled once
+        inputs = tokens[:, :-1], segment_ids[:, :-1]
+        options = {"dense_index": only_indexer or dense}
+        out = program.bind(params, variables, index)(*inputs, routes=routes, **options)
+        taught = None if parent is None else program.bind(*parent)(*inputs, **options).logits
+        found = losses(out, tokens, segment_ids, taught)
+        if only_indexer:
+            return objective.index * found["index_loss"], (found, out.aux)
+        loss = found["loss"]
+        if parent is not None:
+            loss = (1 - objective.distill) * loss + objective.distill * found["distill_loss"]
+        loss += objective.balance * found["balance_loss"]
+        if objective.z_loss:
+            loss += objective.z_loss * found["z_loss"]
+        if "mtp_loss" in found:
+            loss += now.mtp_weight * found["mtp_loss"]
+        if objective.index:
+            counts = now.index if schedule.resolve("index_start") else 1.0
+            loss += objective.index * counts * found["index_loss"]
+        return loss, (found, out.aux)
+
+    return loss_of
+
+
 def make_train_step(
     program: Program,
     optimizer: optax.GradientTransformation,
@@ -167,35 +201,10 @@ def make_train_step(
     metrics: the losses, those of `seen`, `grad_norm` before clipping, `lr_scale`, `applied` (1, or
     0 where the step was left out), and what `remedies.metrics` says.
     """
-    schedule, objective, stability = config.schedule, config.objective, config.stability
-
-    def total(params, variables, tokens, segment_ids, now: Phase, resolved, routes, parent):
-        model = program.bind(params, variables, resolved.index)
-        dense = now.dense if schedule.sparse_from else False  # static: compiled once
-        dense = only_indexer or dense
-        inputs = tokens[:, :-1], segment_ids[:, :-1]
-        out = model(*inputs, dense_index=dense, routes=routes)
-        taught = None
-        if parent is not None:
-            taught = program.bind(*parent)(*inputs, dense_index=dense).logits
-        found = losses(out, tokens, segment_ids, taught)
-        if only_indexer:
-            return objective.index * found["index_loss"], (found, out.aux)
-        loss = found["loss"]
-        if parent is not None:
-            loss = (1 - objective.distill) * loss + objective.distill * found["distill_loss"]
-        loss += objective.balance * found["balance_loss"]
-        if objective.z_loss:
-            loss += objective.z_loss * found["z_loss"]
-        if "mtp_loss" in found:
-            loss += now.mtp_weight * found["mtp_loss"]
-        if objective.index:
-            counts = now.index if schedule.resolve("index_start") else 1.0
-            loss += objective.index * counts * found["index_loss"]
-        return loss, (found, out.aux)
+    stability, speed = config.stability, config.objective.bias_speed
+    gradient = jax.grad(make_loss(program, config, only_indexer=only_indexer), has_aux=True)
 
     def step(state: TrainState, tokens, segment_ids, parent: Parent | None = None):
-        now = phase(schedule, state.step)
         resolved = resolve(config.quantization, state.params)
         memory = dict(state.memory)
         remembered = memory.pop("remedies", {})
@@ -206,8 +215,8 @@ def make_train_step(
         if routed:
             shape = tokens.shape[0], tokens.shape[1] - 1
             routes = anticipation.get(state.memory["routes"], state.step, shape)
-        grads, (metrics, aux) = jax.grad(total, has_aux=True)(
-            rounded, state.variables, tokens, segment_ids, now, resolved, routes, parent
+        grads, (metrics, aux) = gradient(
+            rounded, state.variables, tokens, segment_ids, state.step, routes, parent
         )
         if shardings is not None:  # each device sums up its part alone
             grads = jax.lax.with_sharding_constraint(grads, shardings.params)
@@ -221,7 +230,7 @@ def make_train_step(
             )
         variables = state.variables
         if not only_indexer:
-            variables = moved_biases(variables, aux, program.config, objective.bias_speed)
+            variables = moved_biases(variables, aux, program.config, speed)
         changed = params, variables, opt_state, remembers
         before = state.params, state.variables, state.opt_state, remembered
         with jax.named_scope("guard"):
@@ -237,7 +246,7 @@ def make_train_step(
             memory["remedies"] = remembers
         metrics |= seen(aux) | {
             "grad_norm": norm,
-            "lr_scale": now.lr_scale,
+            "lr_scale": phase(config.schedule, state.step).lr_scale,
             "applied": applied.astype(jnp.float32),
         }
         metrics |= remedies.metrics(remembers)

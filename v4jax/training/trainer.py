@@ -19,6 +19,7 @@ from v4jax.quantization import Quantization, resolve
 from v4jax.training import anticipation, remedies, stability
 from v4jax.training.data import Batch, cut
 from v4jax.training.flops import peak_flops, training_flops
+from v4jax.training.gradient_health import make_probe
 from v4jax.training.observe import StepWork
 from v4jax.training.optimizer import build_optimizer
 from v4jax.training.remedies import RemedyConfig
@@ -30,6 +31,7 @@ from v4jax.training.step import (
     Program,
     TrainState,
     make_look_ahead,
+    make_loss,
     make_train_step,
     split_model,
 )
@@ -240,6 +242,24 @@ class Trainer:
         shardings = self.shardings(config)
         out = None if shardings is None else shardings.memory["routes"]
         return self._jit(make_look_ahead(self.program, config), donate_argnums=0, out_shardings=out)
+
+    @functools.cache  # noqa: B019 - as many as there are arms
+    def probe(self, quantization: Quantization):
+        """`gradient_health.make_probe`'s function of (params, memory of remedies, step, variables,
+        tokens, segment_ids), of the loss without a parent."""
+        config = self.run_config(quantization)
+        loss = make_loss(self.program, config)
+
+        def of_weights(params, variables, tokens, segment_ids, step):
+            return loss(params, variables, tokens, segment_ids, step)[0]
+
+        made = make_probe(of_weights, quantization, config.remedies, config.seed, self._jit)
+
+        def over_mesh(*arguments):
+            with self._over_mesh():
+                return made(*arguments)
+
+        return over_mesh
 
     def look_ahead(
         self, state: TrainState, quantization: Quantization, step: int, skipped: int
