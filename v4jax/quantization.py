@@ -32,15 +32,23 @@ from v4jax.numerics import (
 ACTIVATIONS = ("activations/index_query", "activations/index_key", "activations/index_scores")
 
 
+OPTED_OUT = "none"
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantization:
     """Ordered (regex, format name) rules; the first whose regex matches a whole path wins.
 
     Paths are parameter paths, such as `layers/1/mlp/experts/down_proj`, and ACTIVATIONS. Format
-    names are those of `v4jax.numerics.FORMATS`, and "bf16" for activations/index_scores alone.
+    names are those of `v4jax.numerics.FORMATS`, "bf16" for activations/index_scores alone, and
+    "none" for what a later rule would take and is to stay as it is.
     """
 
     rules: tuple[tuple[str, str], ...] = ()
+
+    def without(self, *patterns: str) -> "Quantization":
+        """The same, but for what matches one of the patterns."""
+        return Quantization((*((pattern, OPTED_OUT) for pattern in patterns), *self.rules))
 
 
 NO_QUANTIZATION = Quantization()
@@ -66,10 +74,14 @@ BF16_INDEX_SCORES = ("activations/index_scores", "bf16")
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A quantization over one model: parameter path -> format, and the indexer's formats."""
+    """A quantization over one model: parameter path -> format, and the indexer's formats.
+
+    opted_out: sites that the rules name and leave as they are.
+    """
 
     weights: Mapping[str, Format]
     index: IndexFormats
+    opted_out: tuple[str, ...] = ()
 
 
 def flat_paths(params) -> dict[str, jax.Array]:
@@ -116,18 +128,24 @@ def resolve(quantization: Quantization, params) -> Resolved:
                 fmt.scale_shape(shapes[site])
             except ValueError as error:
                 raise ValueError(f"Quantization.rules: {site}: {error}") from None
+    opted_out = tuple(site for site, fmt in chosen.items() if fmt == OPTED_OUT)
+    for site in opted_out:
+        del chosen[site]
     index = IndexFormats(*(chosen.pop(site, None) for site in ACTIVATIONS))
-    return Resolved(chosen, index)
+    return Resolved(chosen, index, opted_out)
 
 
 def _format(pattern: str, name: str, site: str):
+    if name == OPTED_OUT:
+        return name
     if site == "activations/index_scores":
         if name != "bf16":
             raise ValueError(f"Quantization.rules: {pattern!r}: index scores allow only bf16")
         return name
     if name not in FORMATS:
         raise ValueError(
-            f"Quantization.rules: {pattern!r}: unknown format {name!r}, known: {', '.join(FORMATS)}"
+            f"Quantization.rules: {pattern!r}: unknown format {name!r}, known: "
+            + ", ".join([*FORMATS, OPTED_OUT])
         )
     return FORMATS[name]
 
@@ -159,7 +177,8 @@ def quantized(model: Transformer, quantization: Quantization) -> Transformer:
 
 def table(resolved: Resolved, params) -> list[tuple[str, str, str, int, int]]:
     """(path, shape, format, BF16 bytes, bytes in the format) for each quantized weight, and the
-    indexer's activations with zero bytes; what is not listed keeps the compute dtype."""
+    indexer's activations with zero bytes; then what is opted out, as "none". That, and what is not
+    listed, keeps the compute dtype."""
     paths = flat_paths(params)
     rows = [
         (
@@ -175,6 +194,10 @@ def table(resolved: Resolved, params) -> list[tuple[str, str, str, int, int]]:
     for site, fmt in zip(ACTIVATIONS, (index.query, index.key, index.scores), strict=True):
         if fmt is not None:
             rows.append((site, "", fmt if isinstance(fmt, str) else fmt.name, 0, 0))
+    for site in resolved.opted_out:
+        shape = paths[site].shape if site in paths else ()
+        size = 2 * math.prod(shape) if shape else 0
+        rows.append((site, "x".join(map(str, shape)), OPTED_OUT, size, size))
     return rows
 
 

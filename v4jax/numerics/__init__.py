@@ -17,7 +17,13 @@ from v4jax.numerics.formats import (
 )
 from v4jax.numerics.fp8_tiles import Fp8Tiles, fp8_tiles
 from v4jax.numerics.hadamard import hadamard
-from v4jax.numerics.quantize import dequantize, fake_quantize, quantize
+from v4jax.numerics.quantize import (
+    dequantize,
+    fake_quantize,
+    quantize,
+    quantize_stochastically,
+    quantize_toward,
+)
 from v4jax.numerics.scales import PowerOfTwo, TwoLevel
 from v4jax.numerics.storage import Packed, Quantized, bytes_of, pack, unpack
 
@@ -44,5 +50,7 @@ __all__ = [
     "is_mxfp4",
     "pack",
     "quantize",
+    "quantize_stochastically",
+    "quantize_toward",
     "unpack",
 ]

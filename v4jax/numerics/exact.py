@@ -74,8 +74,25 @@ def round_to(x: Array, element: np.dtype) -> Array:
     x, result: float32, any shape; NaN stays NaN. The result casts to `element` exactly, so nothing
     depends on how a backend rounds in casts, or on XLA eliding a cast and its inverse.
     """
+    step = _step(x, element)
+    rounded = jnp.round(x * from_bits(2 * ONE - step)) * from_bits(step)
+    return jnp.minimum(rounded, float(ml_dtypes.finfo(element).max))
+
+
+def around(x: Array, element: np.dtype) -> tuple[Array, Array]:
+    """The largest number of the type's grid that is at most `x`, and the smallest at least `x`.
+
+    Both are `x` where it is on the grid, and the type's maximum beyond it. x as in `round_to`.
+    """
+    step = _step(x, element)
+    low = jnp.floor(x * from_bits(2 * ONE - step)) * from_bits(step)
+    high = jnp.where(low < x, low + from_bits(step), low)
+    largest = float(ml_dtypes.finfo(element).max)
+    return jnp.minimum(low, largest), jnp.minimum(high, largest)
+
+
+def _step(x: Array, element: np.dtype) -> Array:
+    """Bits of the grid's step at `x`, a power of two."""
     info = ml_dtypes.finfo(element)
     smallest = (127 + int(info.minexp)) << MANTISSA
-    step = jnp.maximum(to_bits(x) & INFINITY, smallest) - (int(info.nmant) << MANTISSA)
-    inverse = 2 * ONE - step
-    return jnp.minimum(jnp.round(x * from_bits(inverse)) * from_bits(step), float(info.max))
+    return jnp.maximum(to_bits(x) & INFINITY, smallest) - (int(info.nmant) << MANTISSA)

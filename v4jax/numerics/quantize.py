@@ -57,8 +57,7 @@ def fake_quantize(x: Array, fmt: Format = MXFP4) -> Array:
     incoming cotangent, at saturated and poisoned elements too.
     """
     sign, magnitude, scales, tensor_scale = _encode(x, fmt)
-    product = exact.multiply(magnitude, _broadcast(scales, tensor_scale, fmt.tile))
-    return blocks.merge(_join(sign, product), x.shape, fmt.tile).astype(x.dtype)
+    return _product(sign, magnitude, _broadcast(scales, tensor_scale, fmt.tile), x, fmt)
 
 
 @fake_quantize.defjvp
@@ -66,16 +65,63 @@ def _straight_through(fmt, primals, tangents):
     return fake_quantize(*primals, fmt), *tangents
 
 
+def quantize_toward(x: Array, target: Array, fmt: Format) -> Array:
+    """Each x rounded to that of its two neighbours which is the nearer one to `target`.
+
+    x, target: float [..., n]. Scales and neighbours are those of x; a target beyond both takes the
+    nearer one. With target = x it is `fake_quantize`, bit for bit. Not to be differentiated.
+    """
+    sign, ratio, scales, tensor_scale = _scaled(x, fmt)
+    scale = _broadcast(scales, tensor_scale, fmt.tile)
+    other_sign, magnitude = exact.sign_and_magnitude(
+        blocks.split(target.astype(jnp.float32), fmt.tile)
+    )
+    wanted = exact.divide(magnitude, scale)
+    wanted = jnp.where(other_sign == sign, wanted, -wanted)
+    chosen = exact.round_to(jnp.clip(wanted, *exact.around(ratio, fmt.element)), fmt.element)
+    return _product(sign, chosen, scale, x, fmt)
+
+
+def quantize_stochastically(x: Array, uniform: Array, fmt: Format) -> Array:
+    """Each x rounded to one of its two neighbours, to the upper one with the probability that makes
+    the mean x. What saturates does so always.
+
+    x: float [..., n]. uniform: float32 [..., n], independent and uniform in [0, 1). Scales are
+    those of x. Not to be differentiated.
+    """
+    sign, ratio, scales, tensor_scale = _scaled(x, fmt)
+    low, high = exact.around(ratio, fmt.element)
+    up = blocks.split(uniform, fmt.tile) * (high - low) < ratio - low
+    scale = _broadcast(scales, tensor_scale, fmt.tile)
+    return _product(sign, jnp.where(up, high, low), scale, x, fmt)
+
+
 def _encode(x: Array, fmt: Format) -> tuple[Array, Array, Array, Array | None]:
     """(sign bits, |x| / scale rounded), in the view of `blocks.split`, and the rule's scales."""
+    sign, ratio, scales, tensor_scale = _scaled(x, fmt)
+    return sign, exact.round_to(ratio, fmt.element), scales, tensor_scale
+
+
+def _scaled(x: Array, fmt: Format) -> tuple[Array, Array, Array, Array | None]:
+    """(sign bits, |x| / scale), in the view of `blocks.split`, and the rule's scales."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{fmt.name}: cannot quantize {x.dtype}, only floating point")
     fmt.scale_shape(x.shape)
     sign, magnitude = exact.sign_and_magnitude(blocks.split(x.astype(jnp.float32), fmt.tile))
     amax = jnp.max(magnitude, axis=blocks.inner_axes(fmt.tile))
     scales, tensor_scale = fmt.rule(amax, fmt.scale)
-    ratio = exact.divide(magnitude, _broadcast(scales, tensor_scale, fmt.tile))
-    return sign, exact.round_to(ratio, fmt.element), scales, tensor_scale
+    return (
+        sign,
+        exact.divide(magnitude, _broadcast(scales, tensor_scale, fmt.tile)),
+        scales,
+        tensor_scale,
+    )
+
+
+def _product(sign: Array, element: Array, scale: Array, x: Array, fmt: Format) -> Array:
+    """The elements [blocks] times their scales, in the shape and type of x."""
+    product = _join(sign, exact.multiply(element, scale))
+    return blocks.merge(product, x.shape, fmt.tile).astype(x.dtype)
 
 
 def _broadcast(scales: Array, tensor_scale: Array | None, tile: tuple[int, ...]) -> Array:

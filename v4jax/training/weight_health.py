@@ -30,6 +30,15 @@ LARGEST = 6.0
 EDGE = 0.005
 """So near to a boundary, in widths of its bin, a weight is at the edge."""
 
+MOMENTUM = 0.01
+"""Nagel's, of the frequency of changes."""
+
+OFTEN = 0.02
+"""A frequency above it is oscillation: two to three times the momentum, as Nagel has it."""
+
+RATIO = 8.0
+"""From this ratio of the ways on a weight oscillates, as TetraJet-v2 has it."""
+
 
 class Held(NamedTuple):
     """A weight as its format holds it. value: q; scale: s, of its block; rounded: q s. [..., n]"""
@@ -131,7 +140,7 @@ class Watch:
         after = flat_paths(params)
         sums: dict[str, dict[str, Array]] = {}
         for path, fmt in self._formats.items():
-            part = _part(path)
+            part = part_of(path)
             found = count(before[path], after[path], fmt)
             known = sums.get(part)
             sums[part] = found if known is None else jax.tree.map(jnp.add, known, found)
@@ -142,7 +151,7 @@ class Watch:
         }
 
 
-def _part(path: str) -> str:
+def part_of(path: str) -> str:
     """The part that a weight belongs to, as a metric's name has it."""
     found = (name for name, (pattern, _) in PARTS.items() if re.fullmatch(pattern, path))
     return next(found, "others").replace(" ", "_")
@@ -172,36 +181,45 @@ def fresh(weight: Array) -> Oscillation:
 
 
 def track(
-    state: Oscillation, before: Array, after: Array, fmt: Format, momentum: float = 0.01
+    state: Oscillation, before: Array, after: Array, fmt: Format, momentum: float = MOMENTUM
 ) -> Oscillation:
     """The memory after an update from `before` to `after` [..., n].
 
     frequency <- momentum * o + (1 - momentum) * frequency, o = 1 where q changed against the
     direction of its last change. Elements whose scale changed count as unchanged here.
     """
-    was, now = hold(before, fmt), hold(after, fmt)
+    change = jnp.abs(after - before)
+    return track_held(state, hold(before, fmt), hold(after, fmt), change, momentum)
+
+
+def track_held(
+    state: Oscillation, was: Held, now: Held, change: Array, momentum: float = MOMENTUM
+) -> Oscillation:
+    """`track` of weights that are held in any way; `change` is the way of the masters."""
     moved = jnp.where(was.scale == now.scale, jnp.sign(now.value - was.value), 0).astype(jnp.int8)
     turned = (moved != 0) & (moved == -state.direction)
     return Oscillation(
         direction=jnp.where(moved == 0, state.direction, moved),
         frequency=momentum * turned + (1 - momentum) * state.frequency,
         rounded_way=state.rounded_way + jnp.abs(now.rounded - was.rounded),
-        master_way=state.master_way + jnp.abs(after - before),
+        master_way=state.master_way + change,
     )
 
 
+def far(state: Oscillation, ratio: float = RATIO) -> Array:
+    """bool, a weight's shape: its rounded value went at least `ratio` times as far as its master
+    since `fresh`."""
+    return (state.rounded_way > 0) & (state.rounded_way >= ratio * state.master_way)
+
+
 def oscillating(
-    state: Oscillation, frequency: float = 0.02, ratio: float = 8.0
+    state: Oscillation, frequency: float = OFTEN, ratio: float = RATIO
 ) -> dict[str, Array]:
     """Shares, float32 []: oscillating_often, whose frequency is above `frequency`; oscillating_far,
-    whose rounded weight went at least `ratio` times as far as its master since `fresh`.
-
-    The limits are Nagel's two to three times the momentum, and TetraJet-v2's.
-    """
-    far = (state.rounded_way > 0) & (state.rounded_way >= ratio * state.master_way)
+    of `far`."""
     return {
         "oscillating_often": jnp.mean(state.frequency > frequency, dtype=jnp.float32),
-        "oscillating_far": jnp.mean(far, dtype=jnp.float32),
+        "oscillating_far": jnp.mean(far(state, ratio), dtype=jnp.float32),
     }
 
 
