@@ -50,7 +50,9 @@ def describe() -> dict[str, int]:
     """What a sweep's --dry_run says of a run."""
     from v4jax.analysis import provenance
 
-    return provenance.sizes(recipe.before_a_run(recipe.SMALL))
+    recipe.shrink(recipe.SMALL)
+    vocab_size, seed = recipe.VOCAB_SIZE.value, recipe.SEED.value
+    return provenance.sizes(recipe.configure(vocab_size, "", seed))
 
 
 def scopes():
@@ -78,7 +80,6 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     from v4jax.training.context_models import ContextModels
     from v4jax.training.schedule import resolve_steps
 
-    began = time.perf_counter()
     setup = recipe.prepare()
     steps, rows = recipe.STEPS.value, recipe.BATCH_SIZE.value
     trainer = setup.trainer(setup.configure(seed))
@@ -107,7 +108,7 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
         "experiment": NAME,
         "command": shlex.join(["python", "launch.py", f"--experiment={NAME}", *sys.argv[1:]]),
         "preset": recipe.PRESET.value,
-        "seconds": {"total": time.perf_counter() - began},
+        "seconds": {"total": time.perf_counter() - setup.began},
     }
     if is_main():
         write_report(workdir, report, arms.folders)

@@ -89,12 +89,12 @@ FORMATS = {fmt.name: fmt for fmt in (MXFP4, MXFP4_FLOOR, MXFP4_EVEN, NVFP4, FP8_
 
 
 def format_named(name: str) -> Format:
-    """The format of a name: a key of FORMATS, and after it /16 for blocks of 16 along the last axis,
-    /plain for activations that are not rotated: mxfp4, mxfp4/64, mxfp4/plain.
+    """The format of a name: a key of FORMATS, then maybe -16 for blocks of 16 along the last axis,
+    -plain for activations that are not rotated: mxfp4, mxfp4-64, mxfp4-plain.
 
     Raises ValueError, one line.
     """
-    base, *options = name.split("/")
+    base, *options = name.split("-")
     if base not in FORMATS:
         raise ValueError(f"unknown format {name!r}, known: {', '.join(FORMATS)}")
     fmt = FORMATS[base]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -56,7 +57,9 @@ VOCAB_SIZE = integer("vocab_size", 2048, "[data] Entries of the BPE.", 257)
 LENGTH = integer("sequence_length", 256, "[data] Tokens a row.", 2)
 BATCH_SIZE = integer("batch_size", 8, "[data] Rows a step.", 1)
 
-PRESET = flags.DEFINE_enum("preset", "nano", ("nano", "micro", "mini", "small"), "[model] Size.")
+PRESET = flags.DEFINE_enum(
+    "preset", "nano", ("pico", "nano", "micro", "mini", "small"), "[model] Size."
+)
 DTYPE = flags.DEFINE_enum(
     "compute_dtype",
     "auto",
@@ -151,14 +154,10 @@ def configure(vocab_size: int, data: str, seed: int) -> RunConfig:
     )
 
 
-def before_a_run(small: dict[str, Any]) -> RunConfig:
-    """The configuration of the run that the flags describe, without its data: for --dry_run.
-
-    small: what the experiment's --quick sets.
-    """
+def shrink(small: dict[str, Any]) -> None:
+    """Sets the flags of `small` that were not given, with --quick: for what asks before a run."""
     if QUICK.value:
         command.shrink(small)
-    return configure(VOCAB_SIZE.value, "", SEED.value)
 
 
 def pace() -> Pace:
@@ -176,7 +175,7 @@ def pace() -> Pace:
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What does not depend on the seed. train: the documents trained on; dataset: their tokens.
-    held_out: the other documents; windows: what is measured of them."""
+    held_out: the other documents; windows: what is measured of them. began: by perf_counter."""
 
     mesh: Mesh | None
     corpus: Corpus
@@ -185,6 +184,7 @@ class Setup:
     tokenizer: Tokenizer
     dataset: Dataset
     windows: EvalWindows
+    began: float
 
     def configure(self, seed: int) -> RunConfig:
         """`configure` for this data."""
@@ -211,7 +211,7 @@ def prepare() -> Setup:
     from v4jax.training.data import Dataset, evaluation_windows
     from v4jax.training.tokenizer import get_tokenizer
 
-    mesh = parallel.make_mesh(MESH.value)
+    began, mesh = time.perf_counter(), parallel.make_mesh(MESH.value)
     parallel.check_rows(mesh, BATCH_SIZE.value)
     corpus = load_corpus(DATA.value)
     say(corpus.description)
@@ -221,4 +221,4 @@ def prepare() -> Setup:
     dataset = Dataset.build(train.documents, tokenizer, ".cache/text")
     windows = evaluation_windows(held_out.documents, tokenizer, LENGTH.value, EVAL_WINDOWS.value)
     end_if_preempted("before training")
-    return Setup(mesh, corpus, train, held_out, tokenizer, dataset, windows)
+    return Setup(mesh, corpus, train, held_out, tokenizer, dataset, windows, began)
