@@ -53,7 +53,7 @@ def small_run(folder: pathlib.Path, steps: int = 40) -> None:
     )
     config = RunConfig(
         model=model,
-        schedule=ScheduleConfig(total_steps=steps, dense_steps=0.25),
+        schedule=ScheduleConfig(total_steps=steps, dense_until=0.25),
         optimizer=OptimizerConfig(learning_rate=4e-3, ns_dtype="float32"),
         objective=Objective(bias_speed=0.02),
         sequence_length=128,

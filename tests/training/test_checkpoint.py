@@ -456,7 +456,7 @@ def test_a_newer_format_is_an_error_not_damage(tmp_path, monkeypatch, caplog):
     run_config.write_config(tmp_path, {"a": 1})
     monkeypatch.undo()
     for read in (lambda: restore(tmp_path), lambda: run_config.read_config(tmp_path)):
-        with pytest.raises(ValueError, match="has format 9; this version of v4jax reads 1 to 2"):
+        with pytest.raises(ValueError, match="has format 9; this version of v4jax reads 1 to 3"):
             read()
     assert not caplog.records
 
@@ -465,7 +465,7 @@ def test_format_1_had_no_choice_of_optimizer_or_sparse_attention():
     old = {"model": {"hc_mult": 4}, "optimizer": {"b1": 0.9}, "seed": 1}
     new, _ = run_config.migrate(1, old, {})
     assert new["model"] == {"hc_mult": 4, "sparse_attention": "auto"}
-    assert new["optimizer"] == {"b1": 0.9, "matrices": "muon"}
+    assert new["optimizer"].items() >= {"b1": 0.9, "matrices": "muon"}.items()
     assert run_config.migrate(1, {"seed": 1}, {})[0] == {"seed": 1}
 
 

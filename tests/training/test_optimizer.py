@@ -13,14 +13,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from v4jax.training import optimizer
+from v4jax.training.muon import COEFFICIENTS, newton_schulz, scale_by_muon
 from v4jax.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
     describe,
     label,
     label_tree,
-    newton_schulz,
-    scale_by_muon,
 )
 
 # D 12, N 4, H 8, R 10, G 2 groups of 3, M 2, E 3, F 5, V 20, I 2, J 6, U 3 repeats.
@@ -238,9 +237,9 @@ def assert_follows_reference(paths, steps=4):
 # ---- Newton-Schulz ----
 
 
-def assert_orthogonalizes(shape, dtype=jnp.float32, tolerance=6e-4):
+def assert_orthogonalizes(shape, dtype=jnp.float32, tolerance=6e-4, rows=COEFFICIENTS["hybrid"]):
     x = np.random.default_rng(0).normal(size=shape)
-    got = np.float64(newton_schulz(jnp.asarray(x, jnp.float32), dtype))
+    got = np.float64(newton_schulz(jnp.asarray(x, jnp.float32), dtype, rows))
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     assert s.min() / np.linalg.norm(x, axis=(1, 2)).max() > 1e-3  # within what 8 + 2 rows lift
     np.testing.assert_allclose(np.linalg.svd(got, compute_uv=False), 1.0, atol=tolerance)
@@ -265,11 +264,10 @@ def test_newton_schulz_equals_the_float64_iteration():
         np.testing.assert_allclose(got, reference_orthogonal(x), atol=3e-5)
 
 
-def test_five_rows_or_the_first_eight_are_not_enough(monkeypatch):
-    for rows in ([(3.4445, -4.7750, 2.0315)] * 5, optimizer.NEWTON_SCHULZ[:8]):
-        monkeypatch.setattr(optimizer, "NEWTON_SCHULZ", rows)
+def test_five_rows_or_the_first_eight_are_not_enough():
+    for rows in (COEFFICIENTS["five"], COEFFICIENTS["hybrid"][:8]):
         with pytest.raises(AssertionError):
-            assert_orthogonalizes((3, 16, 64))
+            assert_orthogonalizes((3, 16, 64), rows=rows)
 
 
 def test_newton_schulz_does_not_depend_on_scale_and_is_safe_at_zero_and_nan():
@@ -374,7 +372,7 @@ PLANTED = {  # name: (leaf that shows it, what is replaced, by what)
     "embedding not decayed": (EMBED, "ROWS", replaced_row(EMBED, decay=False)),
     "embedding on Muon": (EMBED, "ROWS", replaced_row(EMBED, group="muon")),
     "matrix on AdamW": (TWO[0], "ROWS", replaced_row(TWO[0], group="adamw")),
-    "five plain rows": (TWO[0], "NEWTON_SCHULZ", optimizer.NEWTON_SCHULZ[:5]),
+    "five plain rows": (TWO[0], "COEFFICIENTS", {"hybrid": COEFFICIENTS["five"]}),
     "Nesterov Adam": (TWO[1], "optax.scale_by_adam", nesterov_adam),
     "no clipping": (TWO[0], "optax.clip_by_global_norm", lambda norm: optax.identity()),
 }

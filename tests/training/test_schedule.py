@@ -11,7 +11,7 @@ import pytest
 from v4jax.training.schedule import ScheduleConfig, learning_rate_scale, phase, resolve_steps
 
 CONFIG = ScheduleConfig(
-    total_steps=20, warmup_steps=4, decay_start=12, final_fraction=0.1, dense_steps=6
+    total_steps=20, warmup_steps=4, decay_start=12, final_fraction=0.1, dense_until=6
 )
 
 # step -> factor: (step + 1) / 4, then 1, then 0.1 + 0.9 (1 + cos(pi (step - 12) / 8)) / 2.
@@ -52,7 +52,7 @@ def test_phase_borders():
     weights = [float(phase(CONFIG, step).mtp_weight) for step in (0, 11, 12, 19)]
     np.testing.assert_allclose(weights, [0.3, 0.3, 0.1, 0.1], rtol=1e-6)
     assert [bool(phase(CONFIG, step).dense) for step in (0, 5, 6, 19)] == [True, True, False, False]
-    assert not bool(phase(dataclasses.replace(CONFIG, dense_steps=0), 0).dense)
+    assert not bool(phase(dataclasses.replace(CONFIG, dense_until=0), 0).dense)
 
 
 def test_traced_step_gives_the_same_bits_with_one_compilation():
@@ -69,8 +69,8 @@ def test_traced_step_gives_the_same_bits_with_one_compilation():
 
 
 def test_fractions_are_of_the_total():
-    config = ScheduleConfig(total_steps=200, warmup_steps=0.02, decay_start=0.7, dense_steps=0.1)
-    names = ("warmup_steps", "decay_start", "dense_steps")
+    config = ScheduleConfig(total_steps=200, warmup_steps=0.02, decay_start=0.7, dense_until=0.1)
+    names = ("warmup_steps", "decay_start", "dense_until")
     assert [config.resolve(name) for name in names] == [4, 140, 20]
     assert resolve_steps("qat_start", 1, 200) == 1  # a step
     assert resolve_steps("qat_start", 1.0, 200) == 200  # a fraction
@@ -87,13 +87,15 @@ def test_fractions_are_of_the_total():
         ("warmup_steps", 13),
         ("decay_start", 1.5),
         ("decay_start", "0.7"),
-        ("dense_steps", True),
+        ("dense_until", True),
         ("final_fraction", 1.1),
         ("mtp_weight", -0.1),
         ("mtp_weight_decayed", float("nan")),
     ],
 )
 def test_bad_values_end_in_one_line_that_names_the_field(field, value):
-    with pytest.raises(ValueError, match=rf"^ScheduleConfig\.{field}: got .*allowed: ") as error:
+    with pytest.raises(
+        ValueError, match=rf"^ScheduleConfig\.{field}( \(--\w+\))?: got .*allowed: "
+    ) as error:
         dataclasses.replace(CONFIG, **{field: value})
     assert "\n" not in str(error.value)

@@ -64,7 +64,7 @@ def documents() -> tuple[Dataset, tuple, Tokenizer]:
 
 def schedule(steps: int = STEPS) -> ScheduleConfig:
     """Warm-up for 3 steps, dense for 2, decay from 70% on (step 17)."""
-    return ScheduleConfig(steps, warmup_steps=3, decay_start=0.7, dense_steps=2)
+    return ScheduleConfig(steps, warmup_steps=3, decay_start=0.7, dense_until=2)
 
 
 def config(data: str, **changes) -> RunConfig:

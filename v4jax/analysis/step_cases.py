@@ -76,7 +76,7 @@ def trainer(option: Option, batch: int = BATCH, length: int = LENGTH) -> Trainer
     """A Trainer on random tokens, every batch the same."""
     config = RunConfig(
         model=option.model,
-        schedule=ScheduleConfig(total_steps=1_000_000, dense_steps=0),
+        schedule=ScheduleConfig(total_steps=1_000_000, dense_until=0),
         optimizer=option.optimizer,
         objective=option.objective,
         sequence_length=length,

@@ -2,10 +2,12 @@
 
 Training: BOS and the tokens of every document, in a seeded order, form one stream; row r of length
 T + 1 is stream[r T : r T + T + 1], so that rows overlap by one token and an epoch predicts every
-token of every document exactly once. Short documents share a row, long ones span several. Batch
-`step` takes rows step B .. step B + B - 1 of Grain's endless shuffle of the rows (a new order each
-epoch). It is a pure function of (data hash, seed, step): the data position is the step, and
-processes take slices of the same global batch.
+token of every document exactly once. Short documents share a row, long ones span several. A step
+takes the next rows of Grain's endless shuffle of them (a new order each epoch): rows step B ..
+step B + B - 1 where every batch has B rows, else those that `stages.rows_before` says. They are a
+pure function of (data hash, seed, first row): the data position is the number of rows taken, and
+processes take slices of the same global batch. Where training begins with shorter rows, `cut`
+makes several of each, of the very same targets.
 
 Grain is used by random access only, without workers: its order then depends on nothing but seed and
 index, and no absl flag needs to be parsed.
@@ -47,6 +49,23 @@ def predicted(segment_ids: Any) -> Any:
     A target counts when it continues its input's document; so BOS and padding never do.
     """
     return (segment_ids[..., 1:] == segment_ids[..., :-1]) & (segment_ids[..., 1:] > 0)
+
+
+def cut(batch: Batch, length: int) -> Batch:
+    """Each row of T predicted tokens as T / length rows of `length`, overlapping by one token.
+
+    [B, T+1] -> [B T / length, length+1]; a row's pieces follow each other. Every target is there
+    once, after its own input, but what lies before a piece is out of its sight. Segments of each
+    piece count from 1 again, padding stays 0. Raises ValueError where `length` does not divide T.
+    """
+    whole = batch.tokens.shape[1] - 1
+    if length < 1 or whole % length:
+        raise ValueError(f"length: {length} does not divide rows of {whole} tokens")
+    if length == whole:
+        return batch
+    places = np.arange(0, whole, length)[:, None] + np.arange(length + 1)  # [T / length, length+1]
+    tokens, segments = (field[:, places].reshape(-1, length + 1) for field in batch)
+    return Batch(tokens, np.where(segments > 0, segments - segments[:, :1] + 1, 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,8 +150,7 @@ class Dataset:
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index: {process_index} is not in 0..{process_count - 1}")
         rows = _Rows(self.stream(seed), sequence_length, self.bos_id)
-        share = batch_size // process_count
-        return Batches(rows, batch_size, seed, process_index * share, share)
+        return Batches(rows, batch_size, seed, process_index, process_count)
 
 
 def _to_bytes(documents: Sequence[np.ndarray]) -> bytes:
@@ -176,18 +194,20 @@ class _Rows:
 
 
 class Batches:
-    """Batch of a step; built by `Dataset.batches`.
+    """Batches of a run; built by `Dataset.batches`.
 
-    `epoch_rows` is the number of rows in an epoch, `epoch_steps` the same in (fractional) steps.
+    `epoch_rows` is the number of rows in an epoch, `epoch_steps` the same in (fractional) steps of
+    the whole batch size.
     """
 
-    def __init__(self, rows: _Rows, batch_size: int, seed: int, first: int, share: int):
+    def __init__(
+        self, rows: _Rows, batch_size: int, seed: int, process_index: int, process_count: int
+    ):
         if len(rows) < 1:
             raise ValueError("data: the training part has no tokens")
         self._rows = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
         self._batch_size = batch_size
-        self._first = first
-        self._share = share
+        self._process_index, self._process_count = process_index, process_count
         self.epoch_rows = len(rows)
         self.epoch_steps = len(rows) / batch_size
 
@@ -195,8 +215,23 @@ class Batches:
         """This process's rows of global batch `step` (>= 0): [B / process_count, T+1] each."""
         if step < 0:
             raise ValueError(f"step: {step} is below 0")
-        start = int(step) * self._batch_size + self._first
-        rows = [self._rows[start + i] for i in range(self._share)]
+        return self.rows(int(step) * self._batch_size, self._batch_size)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """This process's slice of rows `first` .. `first + count - 1` of the endless order.
+
+        [count / process_count, T+1] each. Raises ValueError, one line, where `first` is below 0
+        or `count` is no positive multiple of the processes.
+        """
+        if first < 0:
+            raise ValueError(f"first: {first} is below 0")
+        if count < 1 or count % self._process_count:
+            raise ValueError(
+                f"count: {count} is not a positive multiple of {self._process_count} processes"
+            )
+        share = count // self._process_count
+        start = int(first) + self._process_index * share
+        rows = [self._rows[start + i] for i in range(share)]
         return Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
 
 

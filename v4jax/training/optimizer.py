@@ -1,14 +1,7 @@
 """The optimizer: Muon for matrices, plain AdamW for the rest, one table for which leaf is which.
 
-Muon (report 2.4, Algorithm 1), for each logically independent matrix W with gradient G:
-
-    M <- mu M + G                        momentum, without a (1 - mu) factor
-    O <- HybridNS(mu M + G)              Nesterov; 8 + 2 Newton-Schulz rows on X / ||X||_F
-    W <- W (1 - eta lambda) - eta sqrt(max(n, m)) gamma O
-
-On an orthogonal O the last factor makes the RMS of the update exactly gamma = 0.18, AdamW's size,
-so that one learning rate serves both groups. All matrices of one shape, wherever they stand in
-the tree, are stacked and go through one batched Newton-Schulz iteration.
+Muon is in `v4jax.training.muon`. Its updates have AdamW's size, so that one learning rate serves
+both groups; the indexer may have one of its own.
 
 Departures from the report: AdamW's decay (0.1) reaches the embedding and the head only. The
 report names no exemption; norms, hyper-connection bases and scales, sinks and position biases
@@ -20,16 +13,18 @@ not split by head.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
+
+from v4jax.model import part_of
+from v4jax.quantization import flat_paths
+from v4jax.training.muon import COEFFICIENTS, MuonState, scale_by_muon
 
 MUON, ADAMW, FROZEN = "muon", "adamw", "frozen"
-NEWTON_SCHULZ = 8 * ((3.4445, -4.7750, 2.0315),) + 2 * ((2.0, -1.5, 0.5),)
 
 
 # Splits: (rows of the leaf, model config) -> rows of each independent matrix, in order.
@@ -110,6 +105,9 @@ _MTP = re.compile(r"mtp/.*")
 class OptimizerConfig:
     """Hyperparameters (report 4.2.2; the clip is V3's). Construction raises a one-line ValueError.
 
+    indexer_learning_rate: the indexer's peak, None: as the others'. clip: of the norm of all
+    gradients together, or of each part of the model (`v4jax.model.PARTS`) on its own.
+    newton_schulz: the report's 8 + 2 rows, or the first 5, as Muon came.
     `train_indexer` and `train_mtp` must be false where the loss that trains those leaves has
     weight 0: without a gradient they are neither moved nor decayed, and have no state.
     """
@@ -126,6 +124,9 @@ class OptimizerConfig:
     matrices: str = MUON  # what moves the matrices: Muon, or AdamW as everything else
     train_indexer: bool = True
     train_mtp: bool = True
+    indexer_learning_rate: float | None = None
+    clip: str = "global"
+    newton_schulz: str = "hybrid"
 
     def __post_init__(self):
         for name in ("learning_rate", "update_rms", "eps", "clip_norm"):
@@ -133,7 +134,14 @@ class OptimizerConfig:
         for name in ("momentum", "b1", "b2"):
             self._require(name, lambda v: 0 <= v < 1, "a number in [0, 1)")
         self._require("weight_decay", lambda v: v >= 0, "a number >= 0")
-        for name, allowed in (("ns_dtype", ("float32", "bfloat16")), ("matrices", (MUON, ADAMW))):
+        if self.indexer_learning_rate is not None:
+            self._require("indexer_learning_rate", lambda v: v > 0, "a number > 0, or None")
+        for name, allowed in (
+            ("ns_dtype", ("float32", "bfloat16")),
+            ("matrices", (MUON, ADAMW)),
+            ("clip", ("global", "group")),
+            ("newton_schulz", tuple(COEFFICIENTS)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"OptimizerConfig.{name}: got {getattr(self, name)!r}, allowed: "
@@ -189,7 +197,7 @@ def label(path: str, shape: tuple[int, ...], model_config) -> Leaf:
 def label_tree(params, model_config, config: OptimizerConfig) -> tuple[Leaf, ...]:
     """`label` for every leaf of a nested dict (arrays or ShapeDtypeStructs), frozen ones marked."""
     labelled = []
-    for path, leaf in _paths(params).items():
+    for path, leaf in flat_paths(params).items():
         entry = label(path, leaf.shape, model_config)
         untrained = (not config.train_indexer and _INDEXER.fullmatch(path)) or (
             not config.train_mtp and _MTP.fullmatch(path)
@@ -214,104 +222,6 @@ def describe(leaves: tuple[Leaf, ...]) -> str:
     return "\n".join(lines)
 
 
-def newton_schulz(x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """Orthogonalises [B, n, m] (n <= m is the cheap orientation): U V^T of each matrix, nearly.
-
-    Singular values end within 5e-4 of 1 (float32; 1e-2 with bfloat16 operands) where they were
-    above about 1e-4 of the matrix's norm; smaller ones are lifted in part. A zero matrix stays
-    zero, NaN stays NaN. Operands are cast to `dtype`; sums and the rest are float32.
-    """
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-
-    def matmul(subscripts, a, b):
-        return jnp.einsum(
-            subscripts,
-            a.astype(dtype),
-            b.astype(dtype),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-
-    def step(x, abc):
-        a, b, c = abc
-        gram = matmul("Bnm,Bkm->Bnk", x, x)
-        return a * x + matmul("Bnk,Bkm->Bnm", b * gram + c * matmul("Bnk,Bkl->Bnl", gram, gram), x)
-
-    x = x.astype(jnp.float32)
-    # First to a largest element of 1: squares of very small gradients would underflow. The norm
-    # is then at least 1 unless the matrix is zero.
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    x = x / jnp.where(largest > 0, largest, 1.0)
-    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
-    x = x / jnp.maximum(norm, 1.0)
-    # A scan, not ten copies: a tenth of the program for each matrix shape, and no slower.
-    rows = jnp.asarray(NEWTON_SCHULZ, jnp.float32)
-    return lax.scan(lambda x, abc: (step(x, abc), None), x, rows)[0]
-
-
-class MuonState(NamedTuple):
-    momentum: Any  # M, float32, the tree of the parameters
-
-
-def scale_by_muon(
-    splits: Mapping[str, tuple[int, ...]],
-    *,
-    momentum: float = 0.95,
-    update_rms: float = 0.18,
-    ns_dtype: Any = jnp.float32,
-) -> optax.GradientTransformation:
-    """Algorithm 1's direction, sqrt(max(n, m)) gamma O, without learning rate and decay.
-
-    Args:
-      splits: for each leaf's path, the rows of its independent matrices (`Leaf.split`).
-      momentum: mu.
-      update_rms: gamma, the RMS of each matrix's update.
-      ns_dtype: operands of Newton-Schulz's matmuls.
-    """
-
-    def init(params):
-        return MuonState(jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
-
-    def update(grads, state, params=None):
-        del params
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        accumulated = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, grads)
-        nesterov = jax.tree.map(lambda m, g: momentum * m + g, accumulated, grads)
-        return _orthogonalize(nesterov, splits, update_rms, ns_dtype), MuonState(accumulated)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _orthogonalize(tree, splits: Mapping[str, tuple[int, ...]], update_rms: float, dtype):
-    """Every matrix of the tree to RMS `update_rms`: one Newton-Schulz call a matrix shape."""
-    parts = {
-        path: jnp.split(leaf, [sum(splits[path][:i]) for i in range(1, len(splits[path]))], -2)
-        for path, leaf in _paths(tree).items()
-    }
-    stacks: dict[tuple[int, int], list[tuple[str, int]]] = {}  # (n, m) -> parts of that shape
-    for path, pieces in parts.items():
-        for i, piece in enumerate(pieces):
-            n, m = sorted(piece.shape[-2:])
-            stacks.setdefault((n, m), []).append((path, i))
-    for (n, m), places in stacks.items():
-        wide = [_wide(parts[path][i]) for path, i in places]
-        stack = jnp.concatenate([x.reshape(-1, n, m) for x in wide])
-        stack = newton_schulz(stack, dtype) * (math.sqrt(m) * update_rms)
-        start = 0
-        for (path, i), x in zip(places, wide, strict=True):
-            stop = start + math.prod(x.shape[:-2])
-            out = stack[start:stop].reshape(x.shape)
-            parts[path][i] = out if parts[path][i].shape == x.shape else out.mT
-            start = stop
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.concatenate(parts[_name(path)], -2), tree
-    )
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x if x.shape[-2] <= x.shape[-1] else x.mT
-
-
 class OptimizerState(NamedTuple):
     """A pytree of arrays. The dicts hold the leaves of their own group, under their own paths."""
 
@@ -321,18 +231,28 @@ class OptimizerState(NamedTuple):
 
 
 def build_optimizer(
-    params, model_config, config: OptimizerConfig, schedule: Callable[[jax.Array], jax.Array]
+    params,
+    model_config,
+    config: OptimizerConfig,
+    schedule: Callable[[jax.Array], jax.Array],
+    *,
+    only_indexer: bool = False,
+    index_start: int = 0,
 ) -> optax.GradientTransformation:
-    """Global-norm clipping, then Muon and AdamW as `ROWS` says, then decay and learning rate.
+    """Clipping, then Muon and AdamW as `ROWS` says, then decay and learning rate.
 
     Args:
       params: a nested dict of arrays or ShapeDtypeStructs; only paths and shapes are read.
       model_config: see `label`.
       config: hyperparameters.
-      schedule: updates done, int32 [], -> a factor of `config.learning_rate`.
+      schedule: updates done, int32 [], -> a factor of the peak learning rates.
+      only_indexer: the indexer's warm-up: its leaves move, at the constant peak; all others keep
+        their values and their optimizer's state to the last bit. The state's tree is the same.
+      index_start: updates before the indexer's loss counts, in which its leaves, that have no
+        gradient, do not decay either.
     Returns:
       A transformation whose `update(grads, state, params)` gives the change of each parameter,
-      in its dtype, zero for frozen leaves, whose gradients do not count in the norm either.
+      in its dtype, zero for leaves that do not learn, whose gradients do not count in the norm.
     Raises:
       ValueError: as `label`.
     """
@@ -342,35 +262,69 @@ def build_optimizer(
         momentum=config.momentum,
         update_rms=config.update_rms,
         ns_dtype=jnp.dtype(config.ns_dtype),
+        coefficients=COEFFICIENTS[config.newton_schulz],
     )
     adamw = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    clip = optax.clip_by_global_norm(config.clip_norm)
 
-    def pick(tree, *names):
-        return _pick(tree, lambda path: leaves[path].group in names)
+    def of(tree, group, indexer: bool | None = None):
+        """The leaves of a group, of it the indexer's or all others."""
+        return _pick(
+            tree,
+            lambda path: leaves[path].group == group and indexer in (None, _is_indexer(path)),
+        )
+
+    def learning(tree):
+        return _pick(
+            tree,
+            lambda path: leaves[path].group != FROZEN and (not only_indexer or _is_indexer(path)),
+        )
 
     def init(params):
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         step = jnp.zeros((), jnp.int32)
-        return OptimizerState(step, muon.init(pick(params, MUON)), adamw.init(pick(params, ADAMW)))
+        return OptimizerState(step, muon.init(of(params, MUON)), adamw.init(of(params, ADAMW)))
+
+    def muon_update(grads, state):
+        directions, new = muon.update(grads, MuonState(_pick_like(state.momentum, grads)))
+        return directions, MuonState(_replaced(state.momentum, new.momentum))
+
+    def adamw_update(grads, state, step):
+        """Bias is corrected by how often a leaf was updated: the indexer's since its loss counts,
+        the others' by the state's count, which an indexer's warm-up leaves alone."""
+        directions, mu, nu = {}, state.mu, state.nu
+        counts = {True: jnp.maximum(step - index_start, 0), False: state.count}
+        for indexer, count in counts.items():
+            some = of(grads, ADAMW, indexer)
+            if some:
+                part = optax.ScaleByAdamState(count, _pick_like(mu, some), _pick_like(nu, some))
+                found, part = adamw.update(some, part)
+                directions |= flat_paths(found)
+                mu, nu = _replaced(mu, part.mu), _replaced(nu, part.nu)
+        count = state.count if only_indexer else state.count + 1
+        return directions, optax.ScaleByAdamState(count, mu, nu)
 
     def update(grads, state, params):
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), pick(grads, MUON, ADAMW))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), learning(grads))
         with jax.named_scope("clip"):
-            grads, _ = clip.update(grads, clip.init(grads))
+            grads = _clipped(grads, config)
         with jax.named_scope("muon"):
-            matrices, muon_state = muon.update(pick(grads, MUON), state.muon)
+            matrices, muon_state = muon_update(of(grads, MUON), state.muon)
         with jax.named_scope("adamw"):
-            others, adamw_state = adamw.update(pick(grads, ADAMW), state.adamw)
-        directions = _paths(matrices) | _paths(others)
-        rate = config.learning_rate * schedule(state.step)
+            others, adamw_state = adamw_update(of(grads, ADAMW), state.adamw, state.step)
+        directions = flat_paths(matrices) | others
+        scale = 1.0 if only_indexer else schedule(state.step)
+        rate = config.learning_rate * scale
+        indexer_rate = (config.indexer_learning_rate or config.learning_rate) * scale
+        if index_start:
+            indexer_rate = jnp.where(state.step < index_start, 0.0, indexer_rate)
 
         def change(path, p):
             leaf = leaves[_name(path)]
-            if leaf.group == FROZEN:
+            if leaf.path not in directions:
                 return jnp.zeros_like(p)
+            eta = indexer_rate if _is_indexer(leaf.path) else rate
             decay = config.weight_decay if leaf.decay else 0.0
-            return (-rate * (directions[leaf.path] + decay * p)).astype(p.dtype)
+            return (-eta * (directions[leaf.path] + decay * p)).astype(p.dtype)
 
         updates = jax.tree_util.tree_map_with_path(change, params)
         return updates, OptimizerState(state.step + 1, muon_state, adamw_state)
@@ -378,12 +332,23 @@ def build_optimizer(
     return optax.GradientTransformation(init, update)
 
 
+def _clipped(grads: dict, config: OptimizerConfig) -> dict:
+    """Gradients, all together or each part of the model alone, at a norm of at most clip_norm."""
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.clip == "global":
+        return clip.update(grads, clip.init(grads))[0]
+    for part in dict.fromkeys(map(part_of, flat_paths(grads))):
+        of_part = _pick(grads, lambda path, part=part: part_of(path) == part)
+        grads = _replaced(grads, clip.update(of_part, clip.init(of_part))[0])
+    return grads
+
+
+def _is_indexer(path: str) -> bool:
+    return _INDEXER.fullmatch(path) is not None
+
+
 def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _paths(tree) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _pick(tree: dict, keep: Callable[[str], bool], prefix: str = "") -> dict:
@@ -398,3 +363,13 @@ def _pick(tree: dict, keep: Callable[[str], bool], prefix: str = "") -> dict:
         elif keep(path):
             picked[key] = value
     return picked
+
+
+def _pick_like(tree: dict, part: dict) -> dict:
+    """The leaves of `tree` that `part` has too."""
+    return {k: _pick_like(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in part.items()}
+
+
+def _replaced(tree: dict, part: dict) -> dict:
+    """`tree` with the leaves of `part` in place of its own."""
+    return tree | {k: _replaced(tree[k], v) if isinstance(v, dict) else v for k, v in part.items()}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from v4jax.training import command
-from v4jax.training.command import fraction_or_steps, step_range
+from v4jax.training.command import fraction_or_steps, starts, step_range
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -74,8 +74,28 @@ FINAL_FRACTION = number(
     "final_fraction", 0.1, "[training] Learning rate at the end, of the peak.", 0
 )
 WARMUP = number("warmup", 0.06, "[training] Warm-up: fraction, or steps.", 0)
-DENSE = number("dense", 0.1, "[training] Dense compressed attention first: fraction, or steps.", 0)
+DECAY_END = number("decay_end", 1.0, "[training] The cosine's end: fraction, or a step.", 0)
+DENSE = number("dense_until", 0.1, "[training] Dense attention before: fraction, or a step.", 0)
+INDEXER_WARMUP = number(
+    "indexer_warmup", 0.0, "[training] Then only the indexer learns: fraction, or steps.", 0
+)
+INDEX_START = number(
+    "index_start", 0.0, "[training] The indexer's KL counts from there on: fraction, or a step.", 0
+)
+LENGTHS = flags.DEFINE_list(
+    "lengths", "", "[training] START:TOKENS, growing: 0:64,0.5:256 cuts the first rows in four."
+)
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", "", "[training] START:ROWS, growing: 0:4,0.5:8.")
 LEARNING_RATE = number("learning_rate", 2.5e-3, "[training] Peak, of Muon and AdamW.", 0)
+INDEXER_RATE = number(
+    "indexer_learning_rate", None, "[training] The indexer's own peak; default: as the others'.", 0
+)
+CLIP = flags.DEFINE_enum(
+    "clip", "global", ("global", "group"), "[training] Gradients' norm: of all, or by part."
+)
+NEWTON_SCHULZ = flags.DEFINE_enum(
+    "newton_schulz", "hybrid", ("hybrid", "five"), "[training] Muon's rows: 8 + 2, or the first 5."
+)
 INDEX_WEIGHT = number("index_weight", 1.0, "[training] Of the indexer's KL; 0 freezes it.", 0)
 BALANCE_WEIGHT = number("balance_weight", 1e-4, "[training] Of the balance loss.", 0)
 BIAS_SPEED = number("bias_speed", 0.01, "[training] Of the routers' selection bias, a step.", 0)
@@ -134,12 +154,20 @@ def configure(vocab_size: int, data: str, seed: int) -> RunConfig:
             warmup_steps=fraction_or_steps("warmup"),
             decay_start=fraction_or_steps("decay_start"),
             final_fraction=FINAL_FRACTION.value,
-            dense_steps=fraction_or_steps("dense"),
+            dense_until=fraction_or_steps("dense_until"),
+            decay_end=fraction_or_steps("decay_end"),
+            indexer_warmup=fraction_or_steps("indexer_warmup") or 0,
+            index_start=fraction_or_steps("index_start") or 0,
+            lengths=starts("lengths"),
+            batch_sizes=starts("batch_sizes"),
         ),
         optimizer=OptimizerConfig(
             learning_rate=LEARNING_RATE.value,
             train_indexer=INDEX_WEIGHT.value > 0,
             ns_dtype="float32" if on_cpu else "bfloat16",
+            indexer_learning_rate=INDEXER_RATE.value,
+            clip=CLIP.value,
+            newton_schulz=NEWTON_SCHULZ.value,
         ),
         objective=Objective(
             balance=BALANCE_WEIGHT.value,

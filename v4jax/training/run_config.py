@@ -16,7 +16,7 @@ from typing import Any
 
 from v4jax.training.files import as_path, write_whole
 
-FORMAT = 2
+FORMAT = 3
 """The format of the checkpoints and configurations that this version writes."""
 
 
@@ -26,7 +26,30 @@ def _new_options(config: dict, flat: dict) -> tuple[dict, dict]:
     return config | {name: config[name] | added[name] for name in added if name in config}, flat
 
 
-MIGRATIONS: list[Callable[[dict, dict], tuple[dict, dict]]] = [_new_options]
+def _recipe(config: dict, flat: dict) -> tuple[dict, dict]:
+    """Format 3: `dense_steps` is `dense_until`; new options mean what format 2 did."""
+    added: dict[str, dict] = {
+        "schedule": {
+            "decay_end": 1.0,
+            "indexer_warmup": 0,
+            "index_start": 0,
+            "lengths": [],
+            "batch_sizes": [],
+        },
+        "optimizer": {
+            "indexer_learning_rate": None,
+            "clip": "global",
+            "newton_schulz": "hybrid",
+        },
+    }
+    config = config | {name: config[name] | added[name] for name in added if name in config}
+    if "dense_steps" in config.get("schedule", {}):
+        schedule = dict(config["schedule"])
+        config["schedule"] = schedule | {"dense_until": schedule.pop("dense_steps")}
+    return config, flat
+
+
+MIGRATIONS: list[Callable[[dict, dict], tuple[dict, dict]]] = [_new_options, _recipe]
 """`MIGRATIONS[n - 1](config, flat)` returns both as format n + 1 has them.
 
 `config` is what `config.json` holds, or a checkpoint's `meta["config"]`. `flat` maps the path of

@@ -155,7 +155,7 @@ def make_train_step(
 
     def total(params, variables, tokens, segment_ids, now: Phase, resolved):
         model = program.bind(params, variables, resolved.index)
-        dense = now.dense if schedule.resolve("dense_steps") else False  # static: compiled once
+        dense = now.dense if schedule.sparse_from else False  # static: compiled once
         out = model(tokens[:, :-1], segment_ids[:, :-1], dense_index=dense)
         found = losses(out, tokens, segment_ids)
         loss = found["loss"] + objective.balance * found["balance_loss"]

@@ -158,7 +158,7 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
         raise ValueError(f"--from_checkpoint={branch.folder} does not fit: {', '.join(differ)}")
     before, after = (dataclasses.astuple(phase(c.schedule, branch.step)) for c in (parent, mine))
     if before != after:
-        names = "learning rate (of its peak), MTP weight, dense attention"
+        names = "learning rate (of its peak), MTP weight, dense attention, indexer's loss"
         distributed.say(f"the schedules differ at step {branch.step}: {names}")
         distributed.say(f"  there {[float(x) for x in before]}, here {[float(x) for x in after]}")
     if branch.step >= mine.schedule.total_steps:
