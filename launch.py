@@ -1,9 +1,10 @@
 """Starts experiments: one, a sweep of them, or a look at a sweep.
 
-    python launch.py --experiment=NAME [the experiment's own flags]             one run
+    python launch.py --experiment=NAME [the experiment's own flags]     one run, or a study's sweep
     python launch.py --experiment=NAME --workdir=DIR --sweep SPEC [options] [flags]      a sweep
     python launch.py status DIR [--watch] [--json]        what every run of a sweep does now
-    python launch.py report DIR [--metric=NAME] [--highest]      its numbers, as one HTML page
+    python launch.py report DIR [--metric=NAME] [--highest]      its numbers, as one HTML page, and
+                                                          the study's own report where it has one
 
 NAME is a file of experiments/ without its .py, or any path that ends in .py. One run: every other
 flag is the experiment's and goes to it unchanged, --workdir too; `--experiment=NAME --help` lists
@@ -23,6 +24,8 @@ A sweep runs once for each combination of its --sweep SPECs, in DIR/<the flags t
 
 and the executor's own options; `--sweep x --executor=NAME --help` lists those. Flags are checked
 before anything starts. The same command goes on where it was stopped, and another adds its runs.
+A study is an experiment whose file names its SWEEP: that is run where no --sweep is given, and then
+its report is made; with --single it is one run, of the flags given.
 Exit codes: 0, all runs are done; 1, some failed; 2, refused, as the one line says; 130, 129 and 75
 after SIGINT, SIGHUP and SIGTERM.
 
@@ -118,7 +121,8 @@ def start_sweep(argv: list[str]) -> int:
         return 0
     from v4jax.launching.runner import run_plan
 
-    return run_plan(plan.write(), runner, parallel=own.parallel, retries=own.retries)
+    code = run_plan(plan.write(), runner, parallel=own.parallel, retries=own.retries)
+    return code or experiments.report(plan.experiment, plan.workdir)
 
 
 def make_sweep(own, arguments: list[str], options: list[str], taken: list[str]) -> tuple[Any, Any]:
@@ -132,7 +136,8 @@ def make_sweep(own, arguments: list[str], options: list[str], taken: list[str]) 
     experiment = experiments.located(own.experiment)
     functions = {}
     if names := sweep.functions_of(own.sweep):
-        functions = experiments.describe(experiment, experiments.Question(names)).functions
+        asked = experiments.Question(names, fixed=arguments, others=options)
+        functions = experiments.describe(experiment, asked).functions
     settings = sweep.expand(own.sweep, own.draws, own.sweep_seed, functions)[: own.max_runs]
     plan = make_plan(experiment, own.workdir, settings, arguments)
     question = experiments.Question(
@@ -184,8 +189,14 @@ def write_report(argv: list[str]) -> int:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"report {own.DIR}: cannot be written: {reason}") from error
-    print(path)
-    return 0
+    print(path, flush=True)
+    from v4jax.launching.plan import read_plan
+
+    plan = read_plan(own.DIR)
+    try:
+        return experiments.report(plan.experiment, plan.workdir)
+    except ValueError:  # the experiment's file is no longer there
+        return 0
 
 
 def start_one(argv: list[str]) -> int:
@@ -207,6 +218,7 @@ def start_one(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """The exit code: 2, after one line, for what cannot be started as it was asked."""
+    hint = ""
     try:
         if argv[:1] in (["status"], ["report"]):
             command = show_status if argv[0] == "status" else write_report
@@ -218,13 +230,21 @@ def main(argv: list[str]) -> int:
         parser.add_argument("--sweep", action="append")
         parser.add_argument("--experiment", nargs="?")
         own, rest = parser.parse_known_args(argv)
+        if own.experiment and not own.sweep and not HELP & set(rest):
+            spec = experiments.study(own.experiment).sweep
+            if spec and "--single" in rest:
+                argv = [word for word in argv if word != "--single"]
+            elif spec:
+                argv, own.sweep = [*argv, f"--sweep={spec}"], [spec]
+                hint = "; --single makes one run"
         sweeps = own.sweep and (own.experiment or HELP & set(rest))
         return start_sweep(argv) if sweeps else start_one(argv)
     except BrokenPipeError:  # who read it has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        print(f"launch: {error}", file=sys.stderr)
+        swept = "is in a --sweep too" in str(error)
+        print(f"launch: {error}{hint if swept else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nlaunch: interrupted; the same command goes on", file=sys.stderr)

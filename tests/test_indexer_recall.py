@@ -13,7 +13,8 @@ import pytest
 from tests.launched import launched
 from tests.training import tiny
 from v4jax.analysis import recall, recall_report, recall_study, synthetic
-from v4jax.analysis.evaluation import Choices, Paired
+from v4jax.analysis.evaluation import Choices
+from v4jax.analysis.paired import Paired
 from v4jax.analysis.recall import Kept
 from v4jax.quantization import PAPER
 from v4jax.training.corpus import load_corpus, split

@@ -170,6 +170,80 @@ def sweep(tmp_path):
     return start
 
 
+STUDY = SWEPT.replace(
+    "def pairs",
+    """def runs():
+    return [{"seed": seed} for seed in range(2 if RATE.value == 0.5 else 3)]
+
+def report(workdir):
+    found = sorted(path.parent.name for path in workdir.glob("*/result.json"))
+    print("reported", *found)
+    if WORD.default == "bad":
+        raise ValueError("no losses")
+
+SWEEP = "runs()"
+
+def pairs""",
+)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Starts a study, an experiment with a sweep and a report of its own; text -> other text."""
+
+    def start(*arguments, changed=("", ""), workdir="runs", **options):
+        (tmp_path / "own.py").write_text(STUDY.replace(*changed))
+        environ = {"GLIBC_TUNABLES": "glibc.malloc.check=0"}
+        known = [f"--experiment={tmp_path}/own.py", f"--workdir={tmp_path / workdir}"]
+        return run_launch(*known, *arguments, environ=environ, cwd=tmp_path, **options)
+
+    return start
+
+
+def test_a_study_runs_its_own_sweep_resumes_it_and_reports_when_all_are_done(study, tmp_path):
+    run = study(
+        "--parallel=2", "--retries=0", changed=("SEED.value + RATE.value", "1 / (SEED.value - 1)")
+    )
+    assert run.returncode == 1, run.stderr  # seed 1 fails: no report
+    assert "reported" not in run.stdout and len(results(tmp_path / "runs")) == 2
+    run = study()
+    assert (run.returncode, run.stdout) == (0, "reported seed=0 seed=1 seed=2\n"), run.stderr
+    assert (tmp_path / "runs" / "seed=0" / "starts").read_text() == "started"
+    run = run_launch("report", tmp_path / "runs")
+    assert run.returncode == 0 and run.stdout.endswith(
+        "index.html\nreported seed=0 seed=1 seed=2\n"
+    )
+    (tmp_path / "own.py").unlink()
+    assert run_launch("report", tmp_path / "runs").returncode == 0
+
+
+def test_the_sweep_of_a_study_depends_on_its_flags_and_another_may_be_asked_for(study, tmp_path):
+    run = study("--learning_rate=0.5", "--dry_run")
+    assert run.returncode == 0 and run.stdout.startswith("2 runs of ") and "seed=1" in run.stdout
+    assert not (tmp_path / "runs").exists()
+    run = study("--sweep=seed=4", "--executor=in_process")
+    assert (run.returncode, run.stdout) == (0, "reported seed=4\n"), run.stderr
+    run = study("--single", "--seed=7", workdir="one")
+    assert (run.returncode, run.stdout) == (0, "")
+    assert json.loads((tmp_path / "one" / "result.json").read_text()) == {"loss": 7.1}
+    assert "--workdir" in study("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed", "code", "what"),
+    [
+        (["--seed=3"], ("", ""), 2, "launch: --seed: is in a --sweep too; give it once; --single"),
+        ([], ('"runs()"', "runs()"), 2, "SWEEP is runs(); allowed: the text of a --sweep, such"),
+        ([], ('"word", ""', '"word", "bad"'), 1, "own: report: no losses"),
+        ([], ('"runs()"', '"other()"'), 2, "has no function other"),
+        (["--sead=3"], ("", ""), 2, "did you mean seed?"),
+    ],
+)
+def test_mistakes_in_a_study_end_in_one_line(study, arguments, changed, code, what):
+    run = study(*arguments, "--executor=in_process", changed=changed)
+    assert run.returncode == code and what in run.stderr.splitlines()[-1], run.stderr
+
+
 def results(folder):
     return {
         path.parent.name: json.loads(path.read_text())["loss"]

@@ -18,7 +18,15 @@ from v4jax import presets
 from v4jax.config import CSA, HCA, SLIDING
 from v4jax.layers.context import IndexFormats
 from v4jax.model import Transformer, abstract_model
-from v4jax.numerics import FORMATS, MXFP4, MXFP4_EVEN, dequantize, pack, quantize
+from v4jax.numerics import (
+    FORMATS,
+    MXFP4,
+    MXFP4_EVEN,
+    dequantize,
+    format_named,
+    pack,
+    quantize,
+)
 from v4jax.quantization import (
     ALL_LINEARS,
     BF16_INDEX_SCORES,
@@ -127,6 +135,21 @@ def test_an_unknown_format_is_refused(params):
     message = refused(params, (EXPERTS, "fp3"))
     assert "unknown format 'fp3', known: mxfp4, " in message and EXPERTS in message
     assert "unknown format 'bf16'" in refused(params, (EXPERTS, "bf16"))
+
+
+def test_a_variant_of_a_format_is_named_by_its_options(params):
+    found = resolve(
+        Quantization(((EXPERTS, "mxfp4-16"), ("activations/index_(query|key)", "mxfp4-plain"))),
+        params,
+    )
+    assert {fmt.block for fmt in found.weights.values()} == {(1, 16)}
+    assert found.index.query is not None and found.index.key is not None
+    assert (found.index.query.rotated, found.index.query.block) == (False, (1, 32))
+    assert MXFP4.rotated and found.index.key == found.index.query
+    eight = format_named("fp8_1x128-32")
+    assert (eight.name, eight.block, eight.bits) == ("fp8_1x128-32", (1, 32), 8)
+    assert "'x': allowed: a length of blocks, or plain" in refused(params, (EXPERTS, "mxfp4-x"))
+    assert "not divisible by 48" in refused(params, (EXPERTS, "mxfp4-48"))
 
 
 def test_a_shape_that_a_format_cannot_hold_names_the_tensor():

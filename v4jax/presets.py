@@ -1,6 +1,7 @@
 """Model configurations by name: functions that return a `ModelConfig`.
 
-`nano` is the demo's, `small` fits one GPU, `flash` and `pro` are the released shapes.
+`nano` is the demo's, `pico` half as wide, `small` fits one GPU; `flash` and `pro` are the released
+shapes.
 """
 
 import dataclasses
@@ -34,6 +35,20 @@ def nano(vocab_size: int = 2048) -> ModelConfig:
         n_routed_experts=8,
         num_experts_per_tok=2,
         compress_rates=CompressRates(4, 32),
+    )
+
+
+def pico(vocab_size: int = 1024) -> ModelConfig:
+    """About 0.5M parameters: `nano` at half the width, for many tokens a parameter in minutes."""
+    return dataclasses.replace(
+        nano(vocab_size),
+        hidden_size=64,
+        moe_intermediate_size=32,
+        head_dim=16,
+        q_lora_rank=32,
+        qk_rope_head_dim=8,
+        o_lora_rank=16,
+        index_n_heads=4,
     )
 
 
@@ -181,5 +196,5 @@ def pro() -> ModelConfig:
 
 
 PRESETS: dict[str, Callable[..., ModelConfig]] = {
-    f.__name__: f for f in (nano, micro, mini, small, flash, pro)
+    f.__name__: f for f in (pico, nano, micro, mini, small, flash, pro)
 }

@@ -19,12 +19,12 @@ from flax import nnx
 from v4jax.layers.context import IndexFormats
 from v4jax.model import Transformer
 from v4jax.numerics import (
-    FORMATS,
     MXFP4,
     Format,
     TwoLevel,
     bytes_of,
     fake_quantize,
+    format_named,
     fp8_tiles,
     quantize,
 )
@@ -40,7 +40,7 @@ class Quantization:
     """Ordered (regex, format name) rules; the first whose regex matches a whole path wins.
 
     Paths are parameter paths, such as `layers/1/mlp/experts/down_proj`, and ACTIVATIONS. Format
-    names are those of `v4jax.numerics.FORMATS`, "bf16" for activations/index_scores alone, and
+    names are `v4jax.numerics.format_named`'s, "bf16" for activations/index_scores alone, and
     "none" for what a later rule would take and is to stay as it is.
     """
 
@@ -115,7 +115,7 @@ def resolve(quantization: Quantization, params) -> Resolved:
             raise ValueError(f"Quantization.rules: pattern {pattern!r} matches no tensor")
     for site, fmt in chosen.items():
         if isinstance(fmt, Format):
-            if site in ACTIVATIONS and shapes[site][0].bit_count() != 1:
+            if site in ACTIVATIONS and fmt.rotated and shapes[site][0].bit_count() != 1:
                 raise ValueError(
                     f"Quantization.rules: {site}: index_head_dim is {shapes[site][0]}, the "
                     "Hadamard rotation before rounding needs a power of two"
@@ -143,12 +143,10 @@ def _format(pattern: str, name: str, site: str):
         if name != "bf16":
             raise ValueError(f"Quantization.rules: {pattern!r}: index scores allow only bf16")
         return name
-    if name not in FORMATS:
-        raise ValueError(
-            f"Quantization.rules: {pattern!r}: unknown format {name!r}, known: "
-            + ", ".join([*FORMATS, OPTED_OUT])
-        )
-    return FORMATS[name]
+    try:
+        return format_named(name)
+    except ValueError as error:
+        raise ValueError(f"Quantization.rules: {pattern!r}: {error}, {OPTED_OUT}") from None
 
 
 _round = jax.jit(fake_quantize, static_argnums=1)  # eager calls share a compilation by shape

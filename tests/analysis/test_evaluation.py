@@ -17,12 +17,11 @@ from tests.training import tiny
 from v4jax.analysis.comparison import expert_bytes
 from v4jax.analysis.evaluation import (
     Choices,
-    Interval,
-    Paired,
     bits_per_byte,
     per_token,
     router_agreement,
 )
+from v4jax.analysis.paired import Interval, Paired
 from v4jax.quantization import NO_QUANTIZATION, PAPER
 from v4jax.training.data import EvalWindows
 from v4jax.training.step import Program, split_model

@@ -15,8 +15,11 @@ from tests.reference import CSA
 from tests.reference_parameters import random_parameters
 from tests.test_model_against_reference import BASE
 from v4jax.interop import state_dict
+from v4jax.layers import indexer
+from v4jax.layers.context import IndexFormats
 from v4jax.layers.indexer import index_loss
 from v4jax.layers.sparse_attention import attend
+from v4jax.numerics import MXFP4, format_named
 
 
 def case(heads: int):
@@ -135,3 +138,17 @@ def test_each_loss_trains_its_own_parameters(subtests):
                 own, other = (index, language) if ".indexer." in name else (language, index)
                 assert not other[name].any(), name
                 assert own[name].any(), name
+
+
+def test_query_and_key_are_rotated_together_or_not_at_all():
+    rng = np.random.default_rng(3)
+    q, k = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 4, 2, 32), (1, 3, 32)))
+    w = np.ones((1, 4, 2), np.float32)
+    plain, rotated = format_named("mxfp4-plain"), MXFP4
+    q2, k2, _, fmt = indexer._rotated((q, k, w), IndexFormats(plain, plain))
+    assert fmt == plain and (q2 == q).all() and (k2 == k).all()
+    for formats in (IndexFormats(query=rotated), IndexFormats(key=rotated)):
+        q2, k2, _, fmt = indexer._rotated((q, k, w), formats)
+        exact = np.einsum("BTIJ,BCJ->BTIC", q, k)
+        found = np.einsum("BTIJ,BCJ->BTIC", q2, k2)  # one side rounded, both in one basis
+        assert fmt is None and np.corrcoef(exact.ravel(), found.ravel())[0, 1] > 0.98

@@ -11,13 +11,12 @@ import numpy as np
 from v4jax import packing
 from v4jax.analysis.evaluation import (
     Evaluator,
-    Interval,
-    Paired,
     bits_per_byte,
     per_token,
     router_agreement,
 )
 from v4jax.analysis.findings import at
+from v4jax.analysis.paired import Interval, Paired
 from v4jax.inference.generate import generate
 from v4jax.model import Transformer
 from v4jax.quantization import (

@@ -3,7 +3,6 @@
 Every arm is measured on the same windows in the same order, so that arms are compared in pairs.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -132,59 +131,6 @@ def router_agreement(a: Choices, b: Choices, layers: list[int]) -> dict:
         same = a.expert_ids[layer][..., :, None] == b.expert_ids[layer][..., None, :]
         shares.append(float(np.mean(np.any(same, axis=-1)[a.mask])))
     return {"mean": float(np.mean(shares)) if shares else None, "per_layer": shares}
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean with a 95% bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def holds_zero(self) -> bool:
-        return self.low <= 0 <= self.high
-
-
-class Paired:
-    """Paired comparisons on the same windows: nats a token, resampling whole documents.
-
-    Documents are resampled, not windows, as windows of one document are not independent.
-    """
-
-    RESAMPLES = 2000
-
-    def __init__(self, windows: EvalWindows, count: int | None = None, seed: int = 0):
-        _, document = np.unique(windows.document[:count], return_inverse=True)
-        self._document, documents = document, int(document.max()) + 1
-        tokens = windows.mask[:count].sum(axis=1)
-        self._tokens = np.bincount(document, tokens, documents)
-        rng = np.random.default_rng(seed)
-        self._weights = rng.multinomial(documents, [1 / documents] * documents, self.RESAMPLES)
-        self.documents = documents
-
-    def _by_document(self, values: np.ndarray) -> np.ndarray:
-        return np.bincount(self._document, values, len(self._tokens))
-
-    def difference(self, a: np.ndarray, b: np.ndarray) -> Interval:
-        """a - b, nats a token; a, b: nats summed over each window, [W]."""
-        d = self._by_document(a - b)
-        samples = (self._weights @ d) / (self._weights @ self._tokens)
-        return Interval(float(d.sum() / self._tokens.sum()), *_percentiles(samples))
-
-    def gap_closed(self, control, ptq, qat) -> Interval | None:
-        """(PTQ - QAT) / (PTQ - control); None where the gap's own interval holds 0."""
-        if self.difference(ptq, control).holds_zero:
-            return None
-        won, gap = self._by_document(ptq - qat), self._by_document(ptq - control)
-        samples = (self._weights @ won) / (self._weights @ gap)
-        return Interval(float(won.sum() / gap.sum()), *_percentiles(samples))
-
-
-def _percentiles(samples: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def per_token(nll: np.ndarray, windows: EvalWindows) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from v4jax.analysis import recall, synthetic
-from v4jax.analysis.evaluation import Choices, Evaluator, Paired, per_token
+from v4jax.analysis.evaluation import Choices, Evaluator, per_token
+from v4jax.analysis.paired import Paired
 from v4jax.layers.context import UNROUNDED, IndexFormats
 from v4jax.numerics import MXFP4
 from v4jax.quantization import PAPER, Quantization

@@ -58,7 +58,6 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     module = load(question["experiment"])
     label = Path(question["experiment"]).stem
     others = question["others"]
-    functions = {name: _settings(module, name) for name in question["functions"]}
     if question["runs"] and "workdir" not in FLAGS:
         raise ValueError(f"--sweep: {label} has no flag --workdir, which gives a run its folder")
     for name in question["swept"]:
@@ -75,6 +74,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
                 f"to set {label}'s, write --sweep {name}=VALUE"
             )
     fixed = _given(label, question["fixed"], others)
+    functions = {name: _settings(module, name) for name in question["functions"]}
     for name in set(question["swept"]).intersection(fixed):
         raise ValueError(f"--{name}: is in a --sweep too; give it once")
     columns, values = [], []

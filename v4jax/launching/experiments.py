@@ -49,6 +49,47 @@ def source(experiment: str) -> str:
     return found if found.endswith(".py") else str(ROOT / "experiments" / f"{found}.py")
 
 
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What makes an experiment's file a study: SWEEP, the --sweep that stands where none is given,
+    and whether it has a function report(workdir) for when all of the sweep's runs are done."""
+
+    sweep: str | None = None
+    reports: bool = False
+
+
+def study(experiment: str) -> Study:
+    """What the experiment's file has of a `Study` (read, not imported); errors as `located`.
+
+    Raises:
+      ValueError: its SWEEP is not a text.
+    """
+    try:
+        body = ast.parse(Path(source(experiment)).read_text(encoding="utf-8")).body
+    except SyntaxError:  # who starts it will see it
+        return Study()
+    assigned = {ast.unparse(n.targets[0]): n.value for n in body if isinstance(n, ast.Assign)}
+    if "SWEEP" not in assigned:
+        return Study()
+    value = assigned["SWEEP"]
+    if not (isinstance(value, ast.Constant) and isinstance(value.value, str)):
+        raise ValueError(
+            f"--experiment={experiment}: SWEEP is {ast.unparse(value)}; allowed: the text of a "
+            "--sweep, such as 'runs()'"
+        )
+    return Study(
+        value.value, any(isinstance(n, ast.FunctionDef) and n.name == "report" for n in body)
+    )
+
+
+def report(experiment: str, workdir: Path) -> int:
+    """Calls the file's report(workdir) in a process of its own; the exit code, 0 without one."""
+    if not study(experiment).reports:
+        return 0
+    line = [sys.executable, "-P", "-m", "v4jax.launching.own_report", experiment, str(workdir)]
+    return subprocess.run(line, env=importable(os.environ), stdin=subprocess.DEVNULL).returncode
+
+
 def command_line(experiment: str, arguments: Sequence[str]) -> list[str]:
     """The command line that runs `experiment` with `arguments`, for use with `environment`.
 
@@ -100,7 +141,7 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
 class Question:
     """What to ask of an experiment's file; all may stay empty."""
 
-    functions: Sequence[str] = ()  # functions of the file to call, which return settings
+    functions: Sequence[str] = ()  # functions of the file to call, flags as in `fixed`: settings
     swept: Sequence[str] = ()  # flags that differ between the runs
     fixed: Sequence[str] = ()  # arguments that all runs have
     runs: Sequence[Sequence[str]] = ()  # the whole arguments of each run

@@ -15,7 +15,8 @@ from v4jax.numerics import Format
 class IndexFormats:
     """What the indexer's operands and scores are rounded to; None leaves them alone.
 
-    query, key: a format, applied after the Hadamard rotation (report 5.2.1).
+    query, key: a format, applied after the Hadamard rotation (report 5.2.1) of both, if one of the
+      formats is `rotated`.
     scores: "bf16" or None (float32).
     """
 

@@ -125,10 +125,8 @@ def _rotated(operands: Operands, formats: IndexFormats):
     """(q, k, w * J^-1/2, format that q and k are yet to be rounded to, or None)."""
     q, k, w = operands
     w = w * q.shape[-1] ** -0.5
-    if formats.query is not None:
-        q = hadamard(q)
-    if formats.key is not None:
-        k = hadamard(k)
+    if any(f is not None and f.rotated for f in (formats.query, formats.key)):
+        q, k = hadamard(q), hadamard(k)  # both, or their products would be of two bases
     if formats.query == formats.key:
         return q, k, w, formats.query
     q, k = (

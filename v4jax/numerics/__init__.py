@@ -12,6 +12,7 @@ from v4jax.numerics.formats import (
     MXFP4_FLOOR,
     NVFP4,
     Format,
+    format_named,
     is_mxfp4,
 )
 from v4jax.numerics.fp8_tiles import Fp8Tiles, fp8_tiles
@@ -43,6 +44,7 @@ __all__ = [
     "bytes_of",
     "dequantize",
     "fake_quantize",
+    "format_named",
     "fp8_tiles",
     "hadamard",
     "is_mxfp4",

@@ -3,7 +3,7 @@
 A new format is a new record; no code asks for a format's name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,8 @@ class Format:
     block: (rows, columns) of the last two axes; with one row, blocks lie on the last axis alone.
     rule: block maxima -> scales.
     ragged: whether blocks at the edge may be short; otherwise a shape must divide.
+    rotated: whether the indexer's activations are rotated by Hadamard before they are rounded
+      (report 5.2.1); weights never are.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Format:
     scale: np.dtype
     rule: PowerOfTwo | TwoLevel
     ragged: bool = False
+    rotated: bool = True
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -83,6 +86,26 @@ FP8_128X128 = Format(
 FP8_1X128 = Format("fp8_1x128", E4M3, (1, 128), E8M0, PowerOfTwo(448, _FP8_FLOOR))
 
 FORMATS = {fmt.name: fmt for fmt in (MXFP4, MXFP4_FLOOR, MXFP4_EVEN, NVFP4, FP8_128X128, FP8_1X128)}
+
+
+def format_named(name: str) -> Format:
+    """The format of a name: a key of FORMATS, then maybe -16 for blocks of 16 along the last axis,
+    -plain for activations that are not rotated: mxfp4, mxfp4-64, mxfp4-plain.
+
+    Raises ValueError, one line.
+    """
+    base, *options = name.split("-")
+    if base not in FORMATS:
+        raise ValueError(f"unknown format {name!r}, known: {', '.join(FORMATS)}")
+    fmt = FORMATS[base]
+    for option in options:
+        if option == "plain":
+            fmt = replace(fmt, name=name, rotated=False)
+        elif option.isdecimal() and int(option) > 0:
+            fmt = replace(fmt, name=name, block=(1, int(option)))
+        else:
+            raise ValueError(f"format {name!r}: {option!r}: allowed: a length of blocks, or plain")
+    return fmt
 
 
 def is_mxfp4(fmt: Format) -> bool:

@@ -87,6 +87,22 @@ def fraction_or_steps(name: str) -> int | float:
     return int(value) if value > 1 else float(value)
 
 
+def starts(name: str) -> tuple[tuple[int | float, int], ...]:
+    """The value of the list flag `name`: START:VALUE each; a start is a fraction up to 1, or a step
+    above."""
+    found = []
+    for text in flags.FLAGS[name].value:
+        start, colon, value = text.partition(":")
+        try:
+            at = float(start)
+            found.append((int(at) if at == 0 or at > 1 else at, int(value)))
+        except ValueError:
+            raise ValueError(
+                f"--{name}={text}: allowed: START:VALUE, such as 0:64 or 0.5:256"
+            ) from None
+    return tuple(found)
+
+
 def step_range(name: str, total: int) -> range | None:
     """The value of flag `name`, first:end as in Python, of the steps 1 to `total`; None without."""
     text = flags.FLAGS[name].value

@@ -1,0 +1,85 @@
+"""Where the gap opens: PTQ and QAT against control over tokens a parameter, size and scope.
+
+    python launch.py --experiment=gap --workdir=runs/gap
+
+A cell is PRESET:STEPS; its tokens a parameter are of all parameters, embedding and MTP included.
+"""
+
+from absl import flags
+
+from v4jax.training import command, recipe
+from v4jax.training.command import fraction_or_steps
+
+flags.adopt_module_key_flags(recipe)
+recipe.defaults(vocab_size=1024, batch_size=4, eval_windows=384)
+SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
+CELLS = flags.DEFINE_list(
+    "cells", "pico:250,pico:1000,pico:2000,nano:250,nano:750", "[run] PRESET:STEPS of the sweep."
+)
+SCOPES = flags.DEFINE_list("scopes", "paper,all_linears", "[fp4] What is rounded, an arm each.")
+QAT_START = flags.DEFINE_float("qat_start", 0.7, "[fp4] The switch: fraction, or a step.", 0)
+SMALL = recipe.SMALL | {"steps": 4, "batch_size": 2, "eval_windows": 8, "seeds": 1}
+SMALL |= {"cells": ["nano:4"], "scopes": ["paper"]}
+SWEEP = "runs()"
+AFTER_SWITCH = ("qat_start", "scopes", "eval_windows", "log_every")
+
+
+def runs():
+    recipe.shrink(SMALL)
+    cells = [cell.split(":") for cell in CELLS.value]
+    return [
+        {"preset": preset, "steps": steps, "seed": seed}
+        for preset, steps in cells
+        for seed in range(SEEDS.value)
+    ]
+
+
+def main():
+    from v4jax import quantization
+    from v4jax.analysis import study_run
+    from v4jax.training import switch
+    from v4jax.training.schedule import resolve_steps
+
+    for name in SCOPES.value:
+        if name not in quantization.SCOPES:
+            allowed = ", ".join(quantization.SCOPES)
+            raise ValueError(f"--scopes: unknown scope {name!r}, allowed: {allowed}")
+    scopes = {name: quantization.SCOPES[name] for name in SCOPES.value}
+    workdir, setup = recipe.start(), recipe.prepare()
+    trainer = setup.trainer(setup.configure(recipe.SEED.value))
+    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), recipe.STEPS.value)
+    arms = switch.run_arms(trainer, workdir, switch_step=at, scopes=scopes, pace=recipe.pace())
+    study_run.finish(
+        workdir, setup, trainer, study_run.switched(arms, scopes), preset=recipe.PRESET.value
+    )
+
+
+def report(workdir):
+    from v4jax.analysis import study
+
+    label = lambda what: f"{what['preset']} {what['tokens_per_parameter']:.2g}"  # noqa: E731
+    losses = study.read(workdir, label)
+    cells = {label(what): what for what in losses.runs}
+    scopes = list(dict.fromkeys(arm.split()[-1] for arm in losses.arms if " qat " in arm))
+    sections, claims, series = {}, [], {}
+    for scope in scopes:
+        pairs = {kind: [f"{cell} {kind} {scope}" for cell in cells] for kind in ("ptq", "qat")}
+        control = [f"{cell} control" for cell in cells]
+        for kind, arms in pairs.items():
+            sections[f"{kind.upper()} minus control, {scope}"] = [*zip(arms, control, strict=True)]
+        won = list(zip(pairs["qat"], pairs["ptq"], strict=True))
+        sections[f"QAT minus PTQ, {scope}"] = won
+        for cell, ptq, base, (qat, _) in zip(cells, pairs["ptq"], control, won, strict=True):
+            where = f"{cell} tokens a parameter, {scope}"
+            claims.append(study.Claim(f"Rounding costs at {where}", ptq, base, higher=True))
+            claims.append(study.Claim(f"QAT earns its keep at {where}", qat, ptq))
+            tokens, size = cells[cell]["tokens_per_parameter"], cells[cell]["preset"]
+            for kind, arm in (("PTQ", ptq), ("QAT", qat)):
+                series.setdefault(f"{kind} {scope}, {size}", []).append((tokens, arm, base))
+    curves = study.Curves("tokens a parameter", series)
+    title = "Where the gap of FP4 opens"
+    study.write_report(workdir, study.make_report(losses, title, sections, claims, curves=curves))
+
+
+if __name__ == "__main__":
+    command.run(main, quick=SMALL)

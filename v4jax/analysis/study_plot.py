@@ -1,0 +1,73 @@
+"""A study's picture: every paired difference with its interval and its seeds; curves, if any."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from v4jax import style
+from v4jax.analysis.figures import Drawing, save_figure, styled
+
+
+@styled
+def draw(report: Mapping[str, Any]) -> Drawing:
+    """A panel for each section, a row for each difference; on top a panel of the curves."""
+    sections = list(report["sections"].items())
+    curves = report["curves"]
+    heights = [2.4] * bool(curves) + [0.75 + 0.2 * len(rows) for _, rows in sections]
+    figure = Drawing(6.6, 0.4 + sum(heights))
+    axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    figure.suptitle(report["title"], fontsize=10)
+    if curves:
+        _curves(axes[0], curves)
+    for i, (heading, rows) in enumerate(sections):
+        _forest(axes[i + bool(curves)], heading, rows, style.SERIES[i % len(style.SERIES)])
+    return figure
+
+
+def save(path: pathlib.Path, report: Mapping[str, Any]) -> None:
+    """Writes the picture as PNG."""
+    save_figure(path, draw(report))
+
+
+def _forest(axes, heading: str, rows: list[Mapping[str, Any]], color: str) -> None:
+    """Rows from the top down: the seeds as small rings, mean and interval over them."""
+    for y, row in enumerate(rows):
+        low, mean, high = (1000 * row[key] for key in ("low", "mean", "high"))
+        axes.plot([low, high], [y, y], color=color, linewidth=1.4)
+        axes.plot([mean], [y], "o", color=color, markersize=4.5)
+        seeds = [1000 * value for value in row["seeds"].values()]
+        if len(seeds) > 1:
+            axes.plot(
+                seeds, [y] * len(seeds), "o", color=style.GREY, markersize=3, fillstyle="none"
+            )
+    references = {row["reference"] for row in rows}
+    labels = [
+        row["arm"] if len(references) == 1 else f"{row['arm']} - {row['reference']}" for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title(heading)
+    axes.set_xlabel("millinats a token, lower is better")
+
+
+def _curves(axes, curves: Mapping[str, Any]) -> None:
+    for i, (name, points) in enumerate(curves["series"].items()):
+        if not points:
+            continue
+        x, mean, low, high = zip(*sorted(points), strict=True)
+        color, dashes = style.SERIES[i % len(style.SERIES)], style.DASHES[i % len(style.DASHES)]
+        marker = style.MARKERS[i % len(style.MARKERS)]
+        scaled = [[1000 * value for value in values] for values in (mean, low, high)]
+        down = [m - v for m, v in zip(scaled[0], scaled[1], strict=True)]
+        up = [v - m for m, v in zip(scaled[0], scaled[2], strict=True)]
+        drawn = axes.errorbar(x, scaled[0], [down, up], color=color, marker=marker, capsize=2)
+        drawn.lines[0].set_dashes(dashes or (1, 0))
+        drawn.set_label(name)
+    axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel(curves["x"])
+    axes.set_ylabel("millinats a token")
+    axes.legend()
