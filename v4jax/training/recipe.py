@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from v4jax.training.corpus import Corpus
     from v4jax.training.data import Dataset, EvalWindows
     from v4jax.training.observe import Pace
-    from v4jax.training.tokenizer import Tokenizer
     from v4jax.training.settings import RunConfig
+    from v4jax.training.tokenizer import Tokenizer
     from v4jax.training.trainer import Trainer
 
 string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
@@ -37,6 +37,9 @@ QUICK = flags.DEFINE_bool("quick", False, "[run] Shrink all that you do not set:
 SEED = integer("seed", 0, "[run] Initialisation, data order, hash tables.", 0)
 SAVE_EVERY = integer("save_every", 100, "[run] Steps between checkpoints.", 1)
 LOG_EVERY = integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
+PROBE_EVERY = integer(
+    "probe_every", 0, "[run] Steps between looks at gradients through FP4; one costs two steps.", 0
+)
 TRACKERS = flags.DEFINE_list("trackers", "", "[run] Of wandb, mlflow: beside TensorBoard.")
 PROFILE = string(
     "profile_steps", None, "[run] 10:15 traces steps 10 to 14 of each phase with them."
@@ -61,6 +64,7 @@ BATCH_SIZE = integer("batch_size", 8, "[data] Rows a step.", 1)
 PRESET = flags.DEFINE_enum(
     "preset", "nano", ("pico", "nano", "micro", "mini", "small"), "[model] Size."
 )
+SWIGLU_LIMIT = number("swiglu_limit", 10.0, "[model] Clamp of the experts' SwiGLU; 0: none.", 0)
 DTYPE = flags.DEFINE_enum(
     "compute_dtype",
     "auto",
@@ -100,6 +104,41 @@ NEWTON_SCHULZ = flags.DEFINE_enum(
 INDEX_WEIGHT = number("index_weight", 1.0, "[training] Of the indexer's KL; 0 freezes it.", 0)
 BALANCE_WEIGHT = number("balance_weight", 1e-4, "[training] Of the balance loss.", 0)
 BIAS_SPEED = number("bias_speed", 0.01, "[training] Of the routers' selection bias, a step.", 0)
+
+Z_LOSS = number("z_loss", 0.0, "[training] Weight of the squared log of the softmax's sum.", 0)
+
+ON_SPIKE = flags.DEFINE_enum(
+    "on_spike",
+    "note",
+    ("note", "rollback", "anticipate"),
+    "[stability] A jump of the loss: note it; go back and skip its data; go back and route by older "
+    "parameters for a while.",
+)
+ANTICIPATE_FROM = integer(
+    "anticipate_from", None, "[stability] Route by older parameters from this step on.", 0
+)
+DELAY_STEPS = integer("delay_steps", 16, "[stability] By parameters so many steps older.", 0)
+ACTIVE_STEPS = integer("active_steps", 500, "[stability] For so many steps.", 1)
+SKIP_SIGMA = number(
+    "skip_sigma",
+    0.0,
+    "[stability] Leave out steps whose loss or gradient is so far out; 0: none.",
+    0,
+)
+MAX_NONFINITE = integer(
+    "max_nonfinite", 3, "[stability] Steps not finite in a row until the run goes back.", 1
+)
+MAX_ROLLBACKS = integer("max_rollbacks", 3, "[stability] Times that it does so.", 0)
+
+DISTILL = number("distill", 0.0, "[fp4] Share of the parent's KL in the loss of QAT, 0 to 1.", 0, 1)
+DAMPENING = number("dampening", 0.0, "[fp4] Pull of weights to their rounded value.", 0)
+FREEZE_ABOVE = number("freeze_above", 0.0, "[fp4] Freeze weights that oscillate more often.", 0)
+RESET_EVERY = integer("reset_every", 0, "[fp4] Reset oscillating weights every so many steps.", 0)
+EMA_DECAY = number("ema_decay", 0.0, "[fp4] Round by a mean of the weight with this decay.", 0)
+ROUNDING = flags.DEFINE_enum(
+    "rounding", "nearest", ("nearest", "stochastic"), "[fp4] Of weights, in training."
+)
+TRACK = flags.DEFINE_bool("track_oscillation", False, "[fp4] Measure oscillation all the time.")
 
 SMALL = {
     "steps": 20,
@@ -143,10 +182,14 @@ def configure(vocab_size: int, data: str, seed: int) -> RunConfig:
     from v4jax import presets
     from v4jax.training.losses import Objective
     from v4jax.training.optimizer import OptimizerConfig
+    from v4jax.training.remedies import RemedyConfig
     from v4jax.training.schedule import ScheduleConfig
     from v4jax.training.settings import RunConfig
+    from v4jax.training.stability import StabilityConfig
 
+    limit = SWIGLU_LIMIT.value or None
     model = presets.PRESETS[PRESET.value](vocab_size)
+    model = dataclasses.replace(model, swiglu_limit=limit)
     on_cpu = jax.default_backend() == "cpu"
     return RunConfig(
         model=presets.shallow(model) if QUICK.value else model,
@@ -174,6 +217,25 @@ def configure(vocab_size: int, data: str, seed: int) -> RunConfig:
             balance=BALANCE_WEIGHT.value,
             index=INDEX_WEIGHT.value,
             bias_speed=BIAS_SPEED.value,
+            z_loss=Z_LOSS.value,
+            distill=DISTILL.value,
+        ),
+        stability=StabilityConfig(
+            on_spike=ON_SPIKE.value,
+            anticipate_from=ANTICIPATE_FROM.value,
+            delay_steps=DELAY_STEPS.value,
+            active_steps=ACTIVE_STEPS.value,
+            skip_sigma=SKIP_SIGMA.value,
+            max_nonfinite=MAX_NONFINITE.value,
+            max_rollbacks=MAX_ROLLBACKS.value,
+        ),
+        remedies=RemedyConfig(
+            dampening=DAMPENING.value,
+            freeze_above=FREEZE_ABOVE.value,
+            reset_every=RESET_EVERY.value,
+            ema_decay=EMA_DECAY.value,
+            rounding=ROUNDING.value,
+            track=TRACK.value,
         ),
         sequence_length=LENGTH.value,
         batch_size=BATCH_SIZE.value,
@@ -196,6 +258,7 @@ def pace() -> Pace:
     return Pace(
         LOG_EVERY.value,
         SAVE_EVERY.value,
+        probe_every=PROBE_EVERY.value,
         trackers=tuple(TRACKERS.value),
         profile=step_range("profile_steps", STEPS.value),
     )
