@@ -111,8 +111,8 @@ ON_SPIKE = flags.DEFINE_enum(
     "on_spike",
     "note",
     ("note", "rollback", "anticipate"),
-    "[stability] A jump of the loss: note it; go back and skip its data; go back and route by older "
-    "parameters for a while.",
+    "[stability] A jump of the loss: note it; go back and skip its data; go back and route by "
+    "older parameters for a while.",
 )
 ANTICIPATE_FROM = integer(
     "anticipate_from", None, "[stability] Route by older parameters from this step on.", 0
