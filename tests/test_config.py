@@ -22,7 +22,7 @@ from v4jax.model import abstract_model, parameter_counts
         ({"hc_sinkhorn_iters": 0}, "hc_sinkhorn_iters: got 0, allowed: an integer >= 1"),
         ({"sliding_window": -1}, "sliding_window: got -1"),
         ({"hc_eps": 0.0}, "hc_eps: got 0.0, allowed: a number > 0"),
-        ({"swiglu_limit": "10"}, "swiglu_limit: got '10', allowed: a number > 0"),
+        ({"swiglu_limit": "10"}, "swiglu_limit: got '10', allowed: a number > 0 or None"),
         ({"rope_theta": float("nan")}, "rope_theta: got nan, allowed: a number > 0"),
         ({"layer_types": ()}, "layer_types: got (), allowed: at least one layer"),
         ({"layer_types": [SLIDING] * 4}, "allowed: a tuple"),

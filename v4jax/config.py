@@ -66,7 +66,7 @@ class ModelConfig:
     compress_rates: CompressRates = CompressRates()
     scoring_func: str = "sqrtsoftplus"
     routed_scaling_factor: float = 1.5
-    swiglu_limit: float = 10.0
+    swiglu_limit: float | None = 10.0  # None: no clamp
     hc_mult: int = 4
     hc_sinkhorn_iters: int = 20
     hc_eps: float = 1e-6
@@ -136,6 +136,8 @@ def validate(cfg: ModelConfig) -> None:
             _require(ok, field.name, value, f"an integer >= {least}")
         if field.type in (float, "float"):
             _require(_positive(value), field.name, value, "a number > 0")
+        if field.type in (float | None, "float | None"):
+            _require(value is None or _positive(value), field.name, value, "a number > 0 or None")
         if field.type in (bool, "bool"):
             _require(isinstance(value, bool), field.name, value, "True | False")
     rates, scaling = cfg.compress_rates, cfg.rope_scaling

@@ -30,8 +30,8 @@ class Output(NamedTuple):
     mtp_logits: float32 [B, T-1, V]; row t predicts token t+2. None without MTP.
     aux: {"layers": a tuple with a dict for each layer, "mtp": the MTP block's dict or None}. A
         dict holds `expert_load` [E], `balance_loss` (top-k layers), `disagreement` (the same, with
-        routes), `index_loss` (CSA layers whose rows hold a window) and, where collected,
-        `streams`, `maps`, `expert_ids` and `index`.
+        routes), `clamped` (with a swiglu_limit), `index_loss` and `index_kept_mass` (CSA layers
+        whose rows hold a window) and, where collected, `streams`, `maps`, `expert_ids`, `index`.
     """
 
     logits: jax.Array

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.layers.router import balance_loss, hash_table, sqrtsoftplus, updated_bias
+from v4jax.layers.router import (
+    balance_loss,
+    disagreement,
+    hash_table,
+    load_metrics,
+    sqrtsoftplus,
+    updated_bias,
+)
 
 
 def test_sqrtsoftplus_value_and_gradient():
@@ -66,3 +73,32 @@ def test_balance_loss_ignores_padding_and_gives_f_no_gradient():
 def test_updated_bias_moves_against_the_load():
     bias = updated_bias(jnp.zeros(4), jnp.asarray([0.0, 2.0, 2.0, 4.0]), 0.001)
     np.testing.assert_allclose(bias, [0.001, 0.0, 0.0, -0.001])
+
+
+def test_load_metrics_by_hand():
+    """Even, all on one of four, half on each of two, none at all; then a stack of layers."""
+    loads = [[3, 3, 3, 3], [8, 0, 0, 0], [5, 0, 5, 0], [0, 0, 0, 0], [6, 1, 1, 0]]
+    found = load_metrics(jnp.asarray(loads))
+    np.testing.assert_allclose(found["load_max"], [1, 4, 2, 0, 3], rtol=1e-6)
+    np.testing.assert_array_equal(found["dead_experts"], [0, 3, 2, 4, 1])
+    # Of 3/4, 1/8, 1/8 in units of log 4: (3/4 log 4/3 + 1/4 log 8) / log 4.
+    last = (0.75 * np.log(4 / 3) + 0.25 * np.log(8)) / np.log(4)
+    np.testing.assert_allclose(found["load_entropy"], [1, 0, 0.5, 0, last], rtol=1e-6)
+    one = load_metrics(jnp.asarray([7.0]))
+    assert (one["load_max"], one["dead_experts"]) == (1, 0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_disagreement_counts_choices_that_are_not_among_the_live_ones(padded):
+    rng = np.random.default_rng(0)
+    used, live = (rng.permuted(np.tile(np.arange(6), (2, 7, 1)), axis=-1)[..., :3] for _ in "ab")
+    live[0, 0] = used[0, 0][::-1]  # the same in another order
+    valid = np.ones((2, 7), bool)
+    if padded:
+        valid[1, 3:] = False
+    other = [set(used[p]) - set(live[p]) for p in np.ndindex(2, 7) if valid[p]]
+    expected = sum(map(len, other)) / (3 * len(other))
+    assert 0 < expected < 1
+    found = disagreement(jnp.asarray(used), jnp.asarray(live), jnp.asarray(valid))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert disagreement(jnp.asarray(used), jnp.asarray(used[..., ::-1]), jnp.asarray(valid)) == 0

@@ -27,6 +27,7 @@ from v4jax.layers import indexer, rope
 from v4jax.layers.compressor import Compressor
 from v4jax.layers.context import Context
 from v4jax.layers.indexer import Indexer, index_loss
+from v4jax.layers.kept_mass import kept_mass
 from v4jax.layers.parameter import Linear, RMSNorm, parameter, rms_normalize
 from v4jax.layers.sparse_attention import attend, gathers
 
@@ -52,7 +53,7 @@ class Attention(nnx.Module):
         self.kind, self.config = kind, cfg
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
-        """x [B, T, D], normed -> [B, T, D] and aux (`index_loss` of a CSA layer, ...)."""
+        """x [B, T, D], normed -> [B, T, D] and aux: `index_loss`, `index_kept_mass` of CSA."""
         cfg = self.config
         batch, length, _ = x.shape
         cos, sin = ctx.rotary[self.kind]
@@ -65,30 +66,30 @@ class Attention(nnx.Module):
 
         aux: dict[str, Any] = {}
         windows = ctx.windows.get(self.kind)
-        attend_to = functools.partial(
-            attend, q, kv, self.sinks[...], cfg.sliding_window, ctx.segment_ids
-        )
+        operands = q, kv, self.sinks[...], cfg.sliding_window, ctx.segment_ids
         if windows is None:
-            o, _ = attend_to()
+            o, _ = attend(*operands)
         else:
             entries = self.compressor.entries(x, windows, ctx.entry_rotary[self.kind])
-            attend_to = functools.partial(attend_to, entries)
             if self.kind == CSA:
-                o, aux = self._selected(x, q_latent, attend_to, ctx)
+                o, aux = self._selected(x, q_latent, (*operands, entries), ctx)
             else:
-                o, _ = attend_to(windows.seen)
+                o, _ = attend(*operands, entries, windows.seen)
         with jax.named_scope("output"):
             return self._output(rope.rotate(o, heads, inverse=True)), aux
 
-    def _selected(self, x: jax.Array, q_latent: jax.Array, attend_to, ctx: Context):
-        """o [B, T, N, H] of `attend_to` the entries that the indexer selects, and aux."""
+    def _selected(self, x: jax.Array, q_latent: jax.Array, attention: tuple, ctx: Context):
+        """o [B, T, N, H] of attention to the entries that the indexer selects, and aux.
+
+        attention: `attend`'s arguments up to the entries.
+        """
         cfg, seen = self.config, ctx.windows[CSA].seen
         operands = self.compressor.indexer.operands(x, q_latent, ctx)  # type: ignore[attr-defined]
         entries = operands[1].shape[1]
         dense = ctx.dense_index
 
         def over(attended, scores, among):
-            o, mass = attend_to(attended)
+            o, mass = attend(*attention, attended)
             return o, index_loss(scores, mass, among, ctx.valid)
 
         def every():
@@ -107,10 +108,11 @@ class Attention(nnx.Module):
             scores = indexer.scores(operands, ctx)
             best = functools.partial(select_topk, top_k=cfg.index_topk, output="mask")
             with jax.named_scope("selection"):
-                mask = parallel.over_rows(lambda _, scores: best(scores), None, scores)
-            mask |= is_visible(*seen, entries) & dense
+                chosen = parallel.over_rows(lambda _, scores: best(scores), None, scores)
+            mask = chosen | (is_visible(*seen, entries) & dense)
             o, loss = over(mask, scores, mask)
-        aux: dict[str, Any] = {"index_loss": loss}
+        kept = kept_mass(*attention, seen, chosen, ctx.valid)
+        aux: dict[str, Any] = {"index_loss": loss, "index_kept_mass": kept}
         if ctx.collect:
             aux["index"] = {"operands": operands}
         return o, aux

@@ -3,9 +3,15 @@
     y = sum_k w_k Down_e( silu(min(G_e x, L)) * clip(U_e x, -L, L) ) + shared(x)
 
 G and U are the first and second half of gate_up_proj [E, 2F, D]'s rows; L is swiglu_limit
-(report 4.2.3: the gate is capped from above only). SwiGLU and the sum over experts are float32.
-No capacity, no token dropped. Departures: none (the first release built the shared expert without
-the clamp: `shared_expert_swiglu_limit`).
+(report 4.2.3: the gate is capped from above only; None: no clamp). SwiGLU and the sum over experts
+are float32. Departures: none (the first release built the shared expert without the clamp:
+`shared_expert_swiglu_limit`).
+
+No token is dropped, and there is no capacity that could be full: sorting by expert is a permutation
+of the P*K (token, k) pairs, an expert's group is as long as its pairs are many, and the groups
+together are all pairs, whichever way the routers choose. On a mesh the same holds on each device:
+it has the tokens of its own rows and, gathered over fsdp, every expert whole, so that no token has
+to travel and no buffer is shared. Sharding experts over devices is not built (`parallel.RULES`).
 """
 
 import jax
@@ -43,15 +49,21 @@ class Experts(nnx.Module):
         self.limit, self.count = cfg.swiglu_limit, e
 
     @jax.named_scope("experts")
-    def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        """x [B, T, D], ids int32 [B, T, K], weights float32 [B, T, K] -> float32 [B, T, D]."""
+    def __call__(
+        self, x: jax.Array, ids: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x [B, T, D], ids int32 [B, T, K], weights float32 [B, T, K] -> float32 [B, T, D].
+
+        And, where there is a limit, which share of a token's 2 F K gate and up values is beyond it:
+        float32 [B, T], no gradient.
+        """
         matrices = self.gate_up_proj.get_value(), self.down_proj.get_value()
         return parallel.over_rows(self._visited, matrices, x, ids, weights)
 
-    def _visited(self, matrices, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+    def _visited(self, matrices, x: jax.Array, ids: jax.Array, weights: jax.Array):
         """The tokens of a device by all experts, whose matrices are (gate_up, down)."""
         gate_up_proj, down_proj = matrices
-        shape, k = x.shape, ids.shape[-1]
+        shape, k, clamped = x.shape, ids.shape[-1], None
         x, weights, flat = x.reshape(-1, shape[-1]), weights.reshape(-1, k), ids.reshape(-1)
         tokens = x.shape[0]
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # expert-sorted -> (token, k)
@@ -60,10 +72,14 @@ class Experts(nnx.Module):
         rows = dispatch(x, order, place.reshape(tokens, k))
         gate_up = expert_matmul(rows, gate_up_proj, sizes)
         gate, up = jnp.split(gate_up, 2, axis=-1)
+        if self.limit is not None:
+            each = beyond(gate, up, self.limit)[place.reshape(tokens, k)]
+            clamped = jnp.mean(each, axis=1).reshape(shape[:2])
         hidden = swiglu(gate, up, self.limit).astype(x.dtype)
         y = expert_matmul(hidden, down_proj, sizes)
         y = collect(y, place.reshape(tokens, k), order)  # [P K D]
-        return jnp.einsum("PKD,PK->PD", y.astype(jnp.float32), weights).reshape(shape)
+        y = jnp.einsum("PKD,PK->PD", y.astype(jnp.float32), weights)
+        return y.reshape(shape), clamped
 
 
 def swiglu(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
@@ -72,6 +88,12 @@ def swiglu(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return jax.nn.silu(gate) * up
+
+
+def beyond(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """Share of gate and up values that `swiglu` clamps: [..., F] each -> float32 [...]."""
+    clamped = (gate > limit).astype(jnp.float32) + (jnp.abs(up) > limit)
+    return jnp.mean(clamped, axis=-1) / 2
 
 
 @jax.custom_vjp
@@ -129,7 +151,15 @@ class MoE(nnx.Module):
         self.shared_experts = SharedExpert(cfg, rngs)
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, dict]:
-        """x [B, T, D], normed -> [B, T, D] in x's dtype, and the router's aux."""
+        """x [B, T, D], normed -> [B, T, D] in x's dtype, and aux: the router's, and `clamped`.
+
+        That is, with a limit, the share of the routed experts' gate and up values that are clamped,
+        over valid tokens: float32 scalar.
+        """
         ids, weights, aux = self.gate(x, ctx)
-        y = self.experts(x, ids, weights) + self.shared_experts(x).astype(jnp.float32)
+        y, clamped = self.experts(x, ids, weights)
+        if clamped is not None:
+            tokens = jnp.maximum(jnp.sum(ctx.valid), 1)
+            aux["clamped"] = jnp.sum(clamped * ctx.valid) / tokens
+        y = y + self.shared_experts(x).astype(jnp.float32)
         return y.astype(x.dtype), aux

@@ -13,6 +13,8 @@ function of a seed and token counts (`hash_table`); the report does not publish 
 Departures: with packed rows the balance loss takes a row for the sequence.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,6 +122,24 @@ def balance_loss(scores: jax.Array, chosen: jax.Array, valid: jax.Array, k: int)
 def updated_bias(bias: jax.Array, load: jax.Array, speed) -> jax.Array:
     """b + speed * sign(mean load - load): V3 2.1.2, once a step. bias, load [..., E]."""
     return bias + speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+
+
+def load_metrics(load: jax.Array) -> dict[str, jax.Array]:
+    """How even the loads [..., E] of a router's experts are: float32 [...] each.
+
+    load_max: the largest over the mean, from 1 (even) to E. dead_experts: how many got no token.
+    load_entropy: -sum p log p / log E, p = load / its sum; from 1 (even) to 0 (one expert has all).
+    Without any load, and of a single expert, the entropy is 0; without any load_max is 0 too.
+    """
+    load = load.astype(jnp.float32)
+    experts = load.shape[-1]
+    share = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1e-30)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
+    return {
+        "load_max": jnp.max(share, axis=-1) * experts,
+        "dead_experts": jnp.sum(load == 0, axis=-1).astype(jnp.float32),
+        "load_entropy": jnp.clip(entropy / math.log(max(experts, 2)), 0.0, 1.0),
+    }
 
 
 def hash_table(seed: int | tuple[int, ...], counts: np.ndarray, experts: int, k: int) -> np.ndarray:
