@@ -14,7 +14,7 @@ from flax import nnx
 
 from v4jax.config import ModelConfig
 from v4jax.layers.context import UNROUNDED, IndexFormats
-from v4jax.layers.router import updated_bias
+from v4jax.layers.router import load_metrics, updated_bias
 from v4jax.model import Transformer, chosen_experts
 from v4jax.quantization import resolve
 from v4jax.training import anticipation, remedies
@@ -99,17 +99,6 @@ def moved_biases(variables, aux, config: ModelConfig, speed: float):
     if aux["mtp"]:
         move(variables["mtp"]["block"], aux["mtp"]["expert_load"])
     return variables
-
-
-def load_metrics(load):  # TEMPORARY
-    mean = jnp.mean(load, axis=-1)
-    p = load / jnp.maximum(jnp.sum(load, axis=-1, keepdims=True), 1)
-    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), axis=-1)
-    return {
-        "load_max": jnp.max(load, axis=-1) / mean,
-        "dead_experts": jnp.sum(load == 0, axis=-1),
-        "load_entropy": entropy / jnp.log(load.shape[-1]),
-    }
 
 
 @jax.named_scope("metrics")
