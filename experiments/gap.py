@@ -57,7 +57,7 @@ def main():
 def report(workdir):
     from v4jax.analysis import study
 
-    label = lambda what: f"{what['preset']} {what['tokens_per_parameter']:.2g}"  # noqa: E731
+    label = lambda what: f"{what['preset']}:{what['steps']}"  # noqa: E731
     losses = study.read(workdir, label)
     cells = {label(what): what for what in losses.runs}
     scopes = list(dict.fromkeys(arm.split()[-1] for arm in losses.arms if " qat " in arm))
@@ -70,15 +70,20 @@ def report(workdir):
         won = list(zip(pairs["qat"], pairs["ptq"], strict=True))
         sections[f"QAT minus PTQ, {scope}"] = won
         for cell, ptq, base, (qat, _) in zip(cells, pairs["ptq"], control, won, strict=True):
-            where = f"{cell} tokens a parameter, {scope}"
+            where = f"{cell}, {scope}"
             claims.append(study.Claim(f"Rounding costs at {where}", ptq, base, higher=True))
             claims.append(study.Claim(f"QAT earns its keep at {where}", qat, ptq))
             tokens, size = cells[cell]["tokens_per_parameter"], cells[cell]["preset"]
             for kind, arm in (("PTQ", ptq), ("QAT", qat)):
                 series.setdefault(f"{kind} {scope}, {size}", []).append((tokens, arm, base))
+    notes = [
+        f"{cell}: {what['parameters'] / 1e6:.2f}M parameters, {what['tokens_per_parameter']:.2f} "
+        "tokens a parameter."
+        for cell, what in cells.items()
+    ]
     curves = study.Curves("tokens a parameter", series)
     title = "Where the gap of FP4 opens"
-    study.write_report(workdir, study.make_report(losses, title, sections, claims, curves=curves))
+    study.write_report(workdir, study.make_report(losses, title, sections, claims, notes, curves))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 
     python launch.py --experiment=qat_schedule --workdir=runs/qat_schedule
 
-All arms of a seed are of the same data in the same order, and share what they can:
+All arms of a seed see the same data in the same order, and go on from one another's checkpoints:
 
-    control         BF16 throughout; the learning rate falls from --decay_start (0.72) to the end
-    qat 28%         the last 28% of the steps in FP4, off the control; other shares too
-    ptq             the control, rounded at its end
-    early control   BF16; the cooldown is as long, but over before the last 28%
-    early qat       from there to the end in FP4, at the low learning rate: cooldown before QAT
-    fp4 first       FP4 from step 0, the cooldown in BF16 (measured unrounded)
+    control         BF16; the cooldown is from --decay_start (0.72) to the end. ptq: rounded there
+    qat 28%         the last 28% of the steps in FP4, and so for other shares; one of them has
+                    cooldown and QAT at once
+    early control   BF16; as long a cooldown, over where the other begins. early ptq: rounded
+    early qat       from there on in FP4 at the low learning rate: the cooldown was before
+    fp4 first       FP4 from the first step, then the cooldown in BF16; measured unrounded
 
-qat at the share of the cooldown is cooldown and QAT at once. Beside each share stands the one that
-Compute-Optimal QAT (arXiv 2509.22935) fitted for 86M to 2.2B parameters, far from these sizes.
+Beside the best share stands what Compute-Optimal QAT (arXiv 2509.22935) fitted to larger models.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from absl import flags
 from v4jax.training import command, recipe
 from v4jax.training.command import fraction_or_steps
 
-BITS = 4.25  # of MXFP4, scales included
+BITS = 4.25  # of a weight in MXFP4
 flags.adopt_module_key_flags(recipe)
 recipe.defaults(steps=600, batch_size=4, eval_windows=384, decay_start=0.72)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
@@ -40,71 +39,65 @@ def runs():
 
 
 def main():
-    from v4jax.analysis import study_run
-    from v4jax.quantization import SCOPES
+    from v4jax.analysis.study_run import Arm, finish
+    from v4jax.quantization import NO_QUANTIZATION, SCOPES
     from v4jax.training import run
     from v4jax.training.schedule import resolve_steps
 
     workdir, setup = recipe.start(), recipe.prepare()
     config, end = setup.configure(recipe.SEED.value), recipe.STEPS.value
-    cooldown = resolve_steps("--decay_start", fraction_or_steps("decay_start"), end)
-    starts = {share: round(end * (1 - float(share) / 100)) for share in SHARES.value}
-    begins = 2 * cooldown - end  # of the early cooldown, as long as the other
-    trainer, fp4 = setup.trainer(config), SCOPES[SCOPE.value]
-    moved = dataclasses.replace(config.schedule, decay_start=begins, decay_end=cooldown)
+    cool = resolve_steps("--decay_start", fraction_or_steps("decay_start"), end)
+    switches = {f"qat {s}%": round(end * (1 - float(s) / 100)) for s in SHARES.value}
+    begins = 2 * cool - end  # of the early cooldown
+    moved = dataclasses.replace(config.schedule, decay_start=begins, decay_end=cool)
+    late = setup.trainer(config)
     early = setup.trainer(dataclasses.replace(config, schedule=moved))
-    pace = dataclasses.replace(recipe.pace(), keep=(begins, cooldown, *starts.values()))
+    pace = dataclasses.replace(recipe.pace(), keep=(begins, cool, *switches.values()))
+    bf16, fp4 = NO_QUANTIZATION, SCOPES[SCOPE.value]
 
-    def train(folder, stop=end, start=None, fmt=None, by=trainer):
-        more = {} if fmt is None else {"quantization": fmt}
-        branch = start and run.Branch(workdir / start[0], start[1])
-        return run.train(by, workdir / folder, stop=stop, branch=branch, pace=pace, **more)
+    def train(name, formats, start=None, stop=end, by=late):
+        branch = run.Branch(workdir / start[0], start[1]) if start else None
+        to = {"stop": stop, "quantization": formats, "branch": branch, "pace": pace}
+        return Arm(run.train(by, workdir / name, **to), formats)
 
-    control = train("control")
-    arms = {"control": study_run.Arm(control), "ptq": study_run.Arm(control, fp4)}
-    for share, start in starts.items():
-        state = train(f"qat_{share}", start=("control", start), fmt=fp4)
-        arms[f"qat {share}%"] = study_run.Arm(state, fp4)
-    state = train("early_control", start=("control", begins), by=early)
-    arms |= {"early control": study_run.Arm(state), "early ptq": study_run.Arm(state, fp4)}
-    state = train("early_qat", start=("early_control", cooldown), fmt=fp4, by=early)
-    arms["early qat"] = study_run.Arm(state, fp4)
-    train("fp4_first", stop=cooldown, fmt=fp4)
-    arms["fp4 first"] = study_run.Arm(train("bf16_last", start=("fp4_first", cooldown)))
-    fused = next((f"qat {share}%" for share, at in starts.items() if at == cooldown), "")
-    study_run.finish(workdir, setup, trainer, arms, preset=recipe.PRESET.value, fused=fused)
+    arms = {"control": train("control", bf16)}
+    arms["ptq"] = Arm(arms["control"].state, fp4)
+    for name, at in switches.items():
+        arms[name] = train(name.replace(" ", "_").rstrip("%"), fp4, ("control", at))
+    arms["early control"] = train("early_control", bf16, ("control", begins), by=early)
+    arms["early ptq"] = Arm(arms["early control"].state, fp4)
+    arms["early qat"] = train("early_qat", fp4, ("early_control", cool), by=early)
+    train("fp4_first", fp4, stop=cool)
+    arms["fp4 first"] = train("bf16_last", bf16, ("fp4_first", cool))
+    fused = next((name for name, at in switches.items() if at == cool), "none")
+    finish(workdir, setup, late, arms, preset=recipe.PRESET.value, fused=fused)
 
 
 def report(workdir):
-    from v4jax.analysis import study
+    from v4jax.analysis.study import Claim, Curves, make_report, read, write_report
 
-    losses = study.read(workdir)
+    losses = read(workdir)
     arms = [arm for arm in losses.arms if arm.startswith("qat")]
     fused, dose = losses.runs[0]["fused"], losses.runs[0]["tokens_per_parameter"] * 8 / BITS
     prior = math.exp(-6.7297 / math.log(dose)) if dose > 1 else 0.0
-    best = min(arms, key=losses.mean)
     notes = [
-        f"Best measured share: {best.removeprefix('qat ')} of the steps. The prior's: exp(-6.7297 "
-        f"/ ln S) = {prior:.2%}, S = {dose:.3g} tokens a byte of parameters of {BITS} bits."
+        f"Lowest loss: {min(arms, key=losses.mean)}. The published prior for the share in QAT: "
+        f"exp(-6.7297 / ln S) = {prior:.2%}, S = {dose:.3g} tokens a byte of {BITS}-bit parameters."
     ]
-    claims = [study.Claim(f"{arm.upper()} beats PTQ", arm, "ptq") for arm in arms]
+    claims = [Claim(f"QAT for the last {arm.split()[1]} beats PTQ", arm, "ptq") for arm in arms]
     claims += [
-        study.Claim("Cooldown and QAT at once beat QAT after the cooldown", fused, "early qat"),
-        study.Claim("QAT after the cooldown beats PTQ", "early qat", "early ptq"),
-        study.Claim(
-            "FP4 first and BF16 at the end costs against BF16", "fp4 first", "control", True
-        ),
-        study.Claim("BF16 at the end beats QAT at the end", "fp4 first", fused),
+        Claim("Cooldown and QAT at once beat QAT after the cooldown", fused, "early qat"),
+        Claim("QAT after the cooldown beats PTQ", "early qat", "early ptq"),
+        Claim("FP4 first, then BF16, costs against BF16", "fp4 first", "control", higher=True),
+        Claim("FP4 first, then BF16, beats BF16 first, then FP4", "fp4 first", fused),
     ]
-    others = ["ptq", "early control", "early ptq", "early qat", "fp4 first"]
-    sections = {
-        "Minus control": [(arm, "control") for arm in (*arms, *others)],
-        "Minus PTQ": [(arm, "ptq") for arm in arms],
-    }
-    points = [(float(arm.split()[-1].rstrip("%")), arm, "control") for arm in arms]
-    curves = study.Curves("percent of the steps in QAT, to the end", {"QAT - control": points})
-    title = "When to switch, and the cooldown"
-    study.write_report(workdir, study.make_report(losses, title, sections, claims, notes, curves))
+    more = ["ptq", "early control", "early ptq", "early qat", "fp4 first"]
+    sections = {"Minus control": [(arm, "control") for arm in arms + more]}
+    sections["Minus PTQ"] = [(arm, "ptq") for arm in arms]
+    points = [(float(arm.split()[1].rstrip("%")), arm, "control") for arm in arms]
+    curves = Curves("percent of the steps in QAT, to the end", {"QAT - control": points})
+    title = "When to switch to QAT, and the cooldown"
+    write_report(workdir, make_report(losses, title, sections, claims, notes, curves))
 
 
 if __name__ == "__main__":
