@@ -108,6 +108,22 @@ def test_ids_handed_in_are_visited_with_the_weights_of_now():
     assert "disagreement" not in live and float(aux["balance_loss"]) != float(live["balance_loss"])
 
 
+def test_the_live_choice_handed_in_changes_no_bit():
+    """Of the output, the aux or a gradient."""
+    graphdef, state, x = layer()
+    run = applied(CONFIG, graphdef)
+
+    def loss(state, x, routes):
+        y, aux = run(state, x, routes)
+        return jnp.sum(jnp.sin(y)) + aux["balance_loss"], (y, aux)
+
+    learn = quick_jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, (y, aux)), gradients = learn(state, x, None)
+    (_, (y_again, again)), gradients_again = learn(state, x, aux["expert_ids"])
+    assert again.pop("disagreement") == 0
+    assert tiny.same_bits((y_again, again, gradients_again), (y, aux, gradients))
+
+
 @pytest.mark.parametrize("text", [None, pytest.param("data=2,fsdp=4", marks=pytest.mark.slow)])
 def test_no_token_is_dropped(text):
     """However uneven: every token to the same two experts, or all choices of a device to one."""
