@@ -102,6 +102,7 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     report["bits_per_byte"] |= context.bits_per_byte(windows.covered(held_out))
     end_if_preempted("before the continuations")
     report["seconds_per_step"] = seconds | {"phases": comparison.phase_seconds(arms)}
+    report["events"] = comparison.events(arms)
     report["continuation"] = comparison.continuations(trainer, arms, held_out)
     end_if_preempted("before the report was written")
     report["what"] = provenance.what(trainer, arms, windows, setup.corpus) | {

@@ -26,7 +26,9 @@ from v4jax.quantization import (
     lossless_share,
     quantized,
 )
+from v4jax.training.journal import read_events
 from v4jax.training.metrics import read_metrics
+from v4jax.training.recovery import describe
 from v4jax.training.switch import Arms
 from v4jax.training.trainer import Trainer
 
@@ -119,6 +121,11 @@ def phase_seconds(arms: Arms) -> dict[str, float | None]:
         for name, folder in arms.folders.items()
     }
     return {name: float(np.median(v)) if v else None for name, v in seconds.items()}
+
+
+def events(arms: Arms) -> dict[str, list[str]]:
+    """A line for each thing that happened to a run: spikes, steps left out, returns."""
+    return {run: [describe(e) for e in read_events(at)] for run, at in arms.folders.items()}
 
 
 def expert_bytes(model: Transformer) -> dict:

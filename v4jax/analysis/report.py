@@ -140,12 +140,19 @@ def markdown(report: Mapping[str, Any]) -> str:
         _gap_by_part(report),
         _choices(report),
         bullets("## Bytes, seconds, recall", findings.costs(report)),
+        _events(report.get("events") or {}),
         _continuation(report.get("continuation") or {}),
         _seeds(report),
         "The DeepSeek-V4 report puts FP4 QAT in post-training; a switch late in pre-training is "
         "this project's own question.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _events(events: Mapping[str, Sequence[str]]) -> str:
+    """Spikes, steps left out, returns to a checkpoint, of every run that had any."""
+    lines = [f"{run}: {event}" for run, found in events.items() for event in found]
+    return bullets("## Events", lines) if lines else ""
 
 
 def _what_was_run(what: Mapping[str, Any]) -> str:

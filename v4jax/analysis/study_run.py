@@ -88,6 +88,17 @@ def finish(
     write_whole(workdir / "result.json", json.dumps(numbers, indent=1).encode())
 
 
+def last_metrics(folder: pathlib.Path, prefix: str, names: Sequence[str]) -> dict[str, float]:
+    """Of a run's last logged lines that have them: the means over `<prefix>.../<name>`."""
+    found: dict[str, float] = {}
+    for line in read_metrics(folder):
+        for name in names:
+            values = [v for k, v in line.items() if k.startswith(prefix) and k.endswith(f"/{name}")]
+            if values:
+                found[name.replace("_", " ")] = float(np.mean(values))
+    return found
+
+
 def seconds_per_step(folders: Sequence[pathlib.Path]) -> float:
     """The median over the logged steps of a run's parts, without the first of each: it compiles."""
     rows = [row["seconds_per_step"] for folder in folders for row in read_metrics(folder)[1:]]

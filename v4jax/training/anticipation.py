@@ -19,6 +19,8 @@ layers are what they are; delay and length of the mode are `StabilityConfig`'s.
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +53,32 @@ class Active(NamedTuple):
         if step >= self.end - delay:
             return "drain"
         return "ramp" if step < self.first + delay else "active"
+
+
+class Clock:
+    """What the mode costs: seconds between steps in it and out of it, as they were made."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}
+        self._last: tuple[bool, float] | None = None
+
+    def saw(self, routed: bool) -> None:
+        """Call after each step: whether it was of the mode. The first of a kind compiles."""
+        now = time.perf_counter()
+        if self._last is not None and self._last[0] == routed:
+            self._seconds[routed].append(now - self._last[1])
+        self._last = routed, now
+
+    def line(self) -> str | None:
+        """What to say of it; None where there is nothing to compare."""
+        if not all(self._seconds.values()):
+            return None
+        plain, routed = (statistics.median(self._seconds[kind]) for kind in (False, True))
+        return (
+            f"anticipatory routing: {1e3 * routed:.0f} ms a step, {1e3 * plain:.0f} without: "
+            f"{routed / plain:.2f} times (medians of {len(self._seconds[True])} and "
+            f"{len(self._seconds[False])} steps)"
+        )
 
 
 def ring(config: ModelConfig, delay: int, tokens: int) -> jax.Array:

@@ -29,6 +29,7 @@ from v4jax import distributed
 from v4jax.model import Transformer
 from v4jax.quantization import NO_QUANTIZATION, Quantization, lossless_share
 from v4jax.training import weight_health, whereabouts
+from v4jax.training.anticipation import Clock
 from v4jax.training.checkpoint import Checkpointer, DamagedError, Restored
 from v4jax.training.data import Batch
 from v4jax.training.files import as_path
@@ -163,7 +164,7 @@ class _Run:
         weights = weight_health.Watch(quantization, trainer.params)
         main = distributed.is_main()
         trackers = open_trackers(pace.trackers, self.folder, self.config.to_dict()) if main else ()
-        journal = Journal(self.folder, watch.recovery)
+        journal, clock = Journal(self.folder, watch.recovery), Clock()
         steps = range(first + 1, self.stop + 1)
         with Observer(self.folder, steps, trainer.work, pace.profile, trackers) as observer:
             for step in observer.steps():
@@ -181,6 +182,7 @@ class _Run:
                 probed = self._probed(state, batch) if probes else {}
                 state, metrics = update(state, *batch, *parent)
                 observer.saw(step, metrics)
+                clock.saw(lag is not None)
                 preempted = distributed.preempted()
                 order = watch.saw(step, metrics)
                 if step == self.stop and order is None:
@@ -210,6 +212,8 @@ class _Run:
                     raise distributed.Preempted(
                         f"{self.folder}: SIGTERM, saved at step {step}; the same command goes on"
                     )
+        if line := clock.line():
+            distributed.say(f"{name}: {line}")
         return state, None
 
     def _probed(self, state: TrainState, batch: Batch) -> dict[str, jax.Array]:

@@ -29,6 +29,7 @@ from v4jax.training.observe import Pace
 from v4jax.training.run import Branch, read_run_config, train
 from v4jax.training.run_config import check_config, read_config, same_source, write_atomically
 from v4jax.training.schedule import phase
+from v4jax.training.stages import check_switch
 from v4jax.training.step import TrainState
 from v4jax.training.trainer import Trainer
 
@@ -74,8 +75,7 @@ def run_arms(
     ValueError, one line, where the two do not fit.
     """
     total = trainer.config.schedule.total_steps
-    if not 0 < switch_step < total:
-        raise ValueError(f"--qat_start: step {switch_step} is not within 1..{total - 1}")
+    check_switch(trainer.config.schedule, switch_step)
     pace = dataclasses.replace(pace, keep=(switch_step,))
     for quantization in scopes.values():
         resolve(quantization, trainer.params)  # what cannot work ends here, not after pre-training
@@ -87,6 +87,7 @@ def run_arms(
         branch = Branch(workdir / "pretrain", switch_step)
         check_config(branch.folder, trainer.run_config(NO_QUANTIZATION).to_dict())
     check_arms(trainer, workdir, branch, scopes)
+    distributed.say(trainer.table(branch.step))
     if distributed.is_main():
         write_phases(workdir, trainer, branch, scopes)
     if not from_checkpoint:

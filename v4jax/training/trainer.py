@@ -25,7 +25,7 @@ from v4jax.training.optimizer import build_optimizer
 from v4jax.training.remedies import RemedyConfig
 from v4jax.training.schedule import learning_rate_scale
 from v4jax.training.settings import RunConfig
-from v4jax.training.stages import Stage, check_stages, rows_before, stage_of, stages
+from v4jax.training.stages import Stage, check_stages, rows_before, stage_of, stage_table, stages
 from v4jax.training.step import (
     Parent,
     Program,
@@ -191,6 +191,17 @@ class Trainer:
         tokens = stage.rows * config.sequence_length
         flops = training_flops(config.model, stage.length)
         return StepWork(tokens, tokens * flops, peak_flops(config.compute_dtype))
+
+    def table(self, qat_start: int | None = None) -> str:
+        """What the run does when; qat_start: updates before QAT."""
+        config = self.config
+        return stage_table(
+            config.schedule,
+            config.optimizer,
+            config.sequence_length,
+            config.batch_size,
+            qat_start=qat_start,
+        )
 
     # ---- the programs ----
 

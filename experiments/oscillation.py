@@ -1,0 +1,99 @@
+"""Remedies for weights that swing between two FP4 values, against plain straight-through QAT.
+
+All arms of a seed go on from one BF16 pre-training, on the same data; "distilled" learns from that
+parent's logits too. What an arm deploys is measured: weights rounded as its own rule says.
+
+    python launch.py --experiment=oscillation --workdir=runs/oscillation
+"""
+
+import dataclasses
+
+from absl import flags
+
+from v4jax.training import command, recipe
+from v4jax.training.command import fraction_or_steps
+
+REMEDIES: dict[str, dict] = {
+    "dampened": {"dampening": 1e-2},
+    "frozen": {"freeze_above": 0.02},
+    "reset": {"reset_every": 50},
+    "rounded by a mean": {"ema_decay": 0.99},
+    "rounded at random": {"rounding": "stochastic"},
+}
+ARMS = ("plain", *REMEDIES, "distilled")
+flags.adopt_module_key_flags(recipe)
+recipe.defaults(steps=600, batch_size=4, eval_windows=384, track_oscillation=True)
+SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
+CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Of {', '.join(ARMS)}.")
+SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")
+QAT_START = flags.DEFINE_float("qat_start", 0.5, "[fp4] The switch: fraction, or a step.", 0)
+SMALL = recipe.SMALL | {"steps": 8, "batch_size": 2, "eval_windows": 8, "seeds": 1}
+SMALL |= {"arms": ["plain", "frozen"], "scope": "paper"}
+SWEEP = "runs()"
+
+
+def runs():
+    recipe.shrink(SMALL)
+    return [{"seed": seed} for seed in range(SEEDS.value)]
+
+
+def configured(config, arm: str):
+    """The configuration of an arm."""
+    if arm not in ARMS:
+        raise ValueError(f"--arms: {arm!r}, allowed: {', '.join(ARMS)}")
+    remedies = dataclasses.replace(config.remedies, **REMEDIES.get(arm, {}))
+    distill = 0.5 if arm == "distilled" else config.objective.distill
+    objective = dataclasses.replace(config.objective, distill=distill)
+    return dataclasses.replace(config, remedies=remedies, objective=objective)
+
+
+def main():
+    from v4jax.analysis import study_run
+    from v4jax.quantization import SCOPES, resolve
+    from v4jax.training import remedies
+    from v4jax.training.run import Branch, train
+    from v4jax.training.schedule import resolve_steps
+
+    workdir, setup = recipe.start(), recipe.prepare()
+    config, end, formats = (
+        setup.configure(recipe.SEED.value),
+        recipe.STEPS.value,
+        SCOPES[SCOPE.value],
+    )
+    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), end)
+    trainer = setup.trainer(config)
+    pace = dataclasses.replace(recipe.pace(), keep=(at,))
+    train(trainer, workdir / "pretrain", stop=at, pace=pace)
+    branch = Branch(workdir / "pretrain", at)
+    control = train(trainer, workdir / "control", stop=end, branch=branch, pace=pace)
+    arms = {"control": study_run.Arm(control), "ptq": study_run.Arm(control, formats)}
+    for name in CHOSEN.value:
+        of, folder = configured(config, name), workdir / name.replace(" ", "_")
+        how = {"stop": end, "branch": branch, "quantization": formats, "pace": pace}
+        state = train(setup.trainer(of), folder, **how)
+        memory = state.memory.get("remedies", {})
+        params = remedies.deployed(
+            of.remedies, state.params, resolve(formats, state.params), memory
+        )
+        numbers = study_run.last_metrics(folder, "fp4/", ("oscillating_often", "flipped"))
+        arms[name] = study_run.Arm(state._replace(params=params), formats, numbers)
+    study_run.finish(workdir, setup, trainer, arms)
+
+
+def report(workdir):
+    from v4jax.analysis.study import Claim, make_report, read, write_report
+
+    losses = read(workdir)
+    others = [arm for arm in losses.arms if arm not in ("control", "ptq", "plain")]
+    sections = {
+        "Minus control": [(arm, "control") for arm in ["ptq", "plain", *others]],
+        "Minus plain straight-through": [(arm, "plain") for arm in others],
+    }
+    claims = [Claim("Straight-through QAT beats PTQ", "plain", "ptq")]
+    claims += [Claim(f"{arm.capitalize()} beats straight-through", arm, "plain") for arm in others]
+    title = "Remedies for oscillating weights"
+    write_report(workdir, make_report(losses, title, sections, claims))
+
+
+if __name__ == "__main__":
+    command.run(main, quick=SMALL)
