@@ -17,7 +17,10 @@ from v4jax.training import checkpoint
 from v4jax.training.checkpoint import Checkpointer
 from v4jax.training.files import as_path
 from v4jax.training.observe import Pace
+from v4jax.training.remedies import RemedyConfig
 from v4jax.training.run import Branch, train
+from v4jax.training.schedule import ScheduleConfig
+from v4jax.training.stability import StabilityConfig
 
 SWITCH, STEPS = tiny.SWITCH, tiny.STEPS
 PACE = Pace(log_every=2, save_every=3, keep=(SWITCH,))
@@ -52,16 +55,34 @@ def speak_of_checkpoints(die_before: int | None) -> None:
     checkpoint.write_atomically = deadly_write
 
 
+def trainer() -> tiny.QuickTrainer:
+    """Every phase of the recipe within a few steps: dense, the indexer alone, sparse; short rows
+    and small batches, then whole ones; a remedy that remembers, where there is QAT."""
+    schedule = ScheduleConfig(
+        STEPS,
+        warmup_steps=2,
+        decay_start=0.7,
+        dense_until=2,
+        indexer_warmup=3,
+        lengths=((0, tiny.LENGTH // 2), (5, tiny.LENGTH)),
+        batch_sizes=((0, tiny.BATCH_SIZE // 2), (5, tiny.BATCH_SIZE)),
+    )
+    stability = StabilityConfig(skip_sigma=6.0)
+    return tiny.trainer(
+        schedule=schedule, stability=stability, remedies=RemedyConfig(freeze_above=0.02)
+    )
+
+
 def main(folder: pathlib.Path, die_before: int | None = None) -> None:
     speak_of_checkpoints(die_before)
-    shared = tiny.trainer()
-    rows = shared.rows
+    shared = trainer()
+    batch = shared.batch
 
-    def spoken_rows(first, count):
-        say("step", first // count + 1)
-        return rows(first, count)
+    def spoken_batch(step, skipped):
+        say("step", step + 1)
+        return batch(step, skipped)
 
-    shared.rows = spoken_rows
+    shared.batch = spoken_batch  # type: ignore[method-assign]
     train(shared, folder / "pretrain", stop=SWITCH, pace=PACE)
     branch = Branch(folder / "pretrain", SWITCH)
     train(shared, folder / "qat", stop=STEPS, branch=branch, quantization=PAPER, pace=PACE)

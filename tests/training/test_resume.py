@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import tiny
+from tests.training import resume_worker, tiny
 from tests.training.tiny import TIMED
+from v4jax.quantization import NO_QUANTIZATION, PAPER
 from v4jax.training.checkpoint import Checkpointer
 from v4jax.training.files import as_path
 from v4jax.training.metrics import read_metrics
@@ -87,9 +88,9 @@ def finish(folder: Path) -> Worker:
 
 def outcome(folder: Path):
     """What must not depend on kills: logged lines but their seconds, and the last checkpoints."""
-    abstract = tiny.trainer().abstract_state()
-    found = {}
-    for name, stop in (("pretrain", SWITCH), ("qat", STEPS)):
+    trainer, found = resume_worker.trainer(), {}
+    for name, stop, formats in (("pretrain", SWITCH, NO_QUANTIZATION), ("qat", STEPS, PAPER)):
+        abstract = trainer.abstract_state(trainer.run_config(formats))
         lines = [dict(line) for line in read_metrics(folder / name)]
         for line in lines:
             assert line["seconds_per_step"] >= 0

@@ -251,7 +251,9 @@ def test_padding_counts_for_nothing(start):
         tokens,
         np.zeros_like(segments),
     )
-    assert set(empty) == {"loss", "balance_loss", "index_loss"} and float(empty["loss"]) == 0
+    assert (
+        set(empty) == {"loss", "balance_loss", "index_loss", "z_loss"} and float(empty["loss"]) == 0
+    )
 
 
 def test_biases_of_layers_units_and_mtp_by_hand():
@@ -324,6 +326,27 @@ def test_an_index_weight_of_zero_freezes_the_indexer(start, no_index):
     assert tiny.same_bits(state.variables, start.variables)  # optimizer and decay leave them alone
     momentum = flat_paths(state.opt_state["inner"].muon.momentum)
     assert momentum and not any(INDEXER in path for path in momentum)
+
+
+def test_in_the_indexers_warm_up_nothing_else_moves(start, strong_index):
+    """Not by decay, momentum or loads; the indexer does, by its loss over all visible entries."""
+    optimizer = build_optimizer(
+        start.params,
+        CONFIG,
+        OptimizerConfig(learning_rate=0.1),
+        functools.partial(learning_rate_scale, SCHEDULE),
+        only_indexer=True,
+    )
+    config = tiny.config("", model=CONFIG, schedule=SCHEDULE, objective=OBJECTIVE)
+    step = quick_jit(make_train_step(start.program, optimizer, config, only_indexer=True))
+    state, metrics = apply(step, start, SPARSE, optimizer.init(start.params))
+    before, after = flat_paths(start.params), flat_paths(state.params)
+    for path in before:
+        assert np.array_equal(before[path], after[path]) == (INDEXER not in path), path
+    assert tiny.same_bits(state.variables, start.variables)
+    dense = strong_index[DENSE][1]
+    np.testing.assert_allclose(metrics["index_loss"], dense["index_loss"], rtol=1e-5)
+    assert abs(dense["index_loss"] - strong_index[SPARSE][1]["index_loss"]) > 1e-3
 
 
 # ---- quantization-aware steps ----

@@ -23,7 +23,7 @@ from v4jax.training.observe import Pace
 from v4jax.training.run import Branch, read_run_config, train
 from v4jax.training.run_config import config_hash, write_config
 from v4jax.training.switch import check_fit, parse_branch, run_arms, shared_pretraining
-from v4jax.training.trainer import Trainer
+from v4jax.training.trainer import Trainer, Variant
 
 SWITCH, STEPS = tiny.SWITCH, tiny.STEPS
 PACE = Pace(log_every=1, save_every=6)
@@ -35,18 +35,18 @@ class Recorded:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.steps = trainer, []
-        inner = trainer.step
+        inner = trainer.compiled
 
-        def step(quantization):
+        def compiled(variant):
             def update(state, tokens, segment_ids):
                 before = jax.tree.map(np.array, state)
-                self.steps.append((quantization, before, (tokens, segment_ids)))
-                return inner(quantization)(state, tokens, segment_ids)
+                self.steps.append((variant.quantization, before, (tokens, segment_ids)))
+                return inner(variant)(state, tokens, segment_ids)
 
-            update.memory_analysis = lambda: inner(quantization).memory_analysis()
+            update.memory_analysis = lambda: inner(variant).memory_analysis()
             return update
 
-        trainer.step = step
+        trainer.compiled = compiled
 
     def taken(self) -> list[tuple[object, int]]:
         """(quantization, updates done before) of the steps since the last call."""
@@ -149,7 +149,7 @@ def test_the_same_command_again_trains_nothing(first, trainer):
 def test_steps_are_traced_by_the_caller_and_compiled_once_and_only_for_what_is_left(first):
     """JAX's contexts, such as a matmul precision, are those of the thread that traces."""
     trainer, compiled = tiny.trainer(), []
-    trainer._lowered = lambda quantization: threading.current_thread()
+    trainer._lowered = lambda variant: threading.current_thread()
 
     def compile(tracer):
         compiled.append((tracer, threading.current_thread()))
@@ -160,7 +160,7 @@ def test_steps_are_traced_by_the_caller_and_compiled_once_and_only_for_what_is_l
     with pytest.raises(ValueError, match="past step 3"):
         train(trainer, first.folder / "pretrain", stop=3)
     assert not compiled
-    trainer.start_compiling(NO_QUANTIZATION)
+    trainer.start_compiling(Variant(NO_QUANTIZATION, trainer.stages[-1].program))
     assert trainer.step(NO_QUANTIZATION) == trainer.step(NO_QUANTIZATION) == "compiled"
     [(tracer, compiler)] = compiled
     assert tracer is threading.current_thread() is not compiler

@@ -81,6 +81,10 @@ class Trainer:
         self.params = split_model(self._abstract)[0]
         self._aside = concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._steps: dict[Variant, concurrent.futures.Future] = {}
+        self._shapes = functools.cache(self._make_shapes)
+        self._new = functools.cache(self._make_new)
+        self._look = functools.cache(self._make_look)
+        self.probe = functools.cache(self._make_probe)
 
     def run_config(self, quantization: Quantization, parent: str = "", step: int = 0) -> RunConfig:
         """The configuration of a run: of an arm, that branches off the run with hash `parent` at
@@ -126,8 +130,7 @@ class Trainer:
         """Step 0, from the config's seed. config: of the run; default: as `self.config`."""
         return self._new(self._or(config))()
 
-    @functools.cache  # noqa: B019 - as many as there are arms
-    def _new(self, config: RunConfig):
+    def _make_new(self, config: RunConfig):
         start = functools.partial(self._initial_state, config)
         return self._jit(start, out_shardings=self.shardings(config))
 
@@ -142,8 +145,7 @@ class Trainer:
     def _or(self, config: RunConfig | None) -> RunConfig:
         return self.run_config(self.config.quantization) if config is None else config
 
-    @functools.cache  # noqa: B019 - as many as there are arms
-    def _shapes(self, config: RunConfig) -> TrainState:
+    def _make_shapes(self, config: RunConfig) -> TrainState:
         return jax.eval_shape(functools.partial(self._initial_state, config))
 
     def shardings(self, config: RunConfig | None = None) -> TrainState | None:
@@ -247,15 +249,13 @@ class Trainer:
         """The compiled training step of the last stage, which most of a run is."""
         return self.compiled(Variant(quantization, self.stages[-1].program))
 
-    @functools.cache  # noqa: B019 - as many as there are arms
-    def _look(self, quantization: Quantization):
+    def _make_look(self, quantization: Quantization):
         config = self.run_config(quantization)
         shardings = self.shardings(config)
         out = None if shardings is None else shardings.memory["routes"]
         return self._jit(make_look_ahead(self.program, config), donate_argnums=0, out_shardings=out)
 
-    @functools.cache  # noqa: B019 - as many as there are arms
-    def probe(self, quantization: Quantization):
+    def _make_probe(self, quantization: Quantization):
         """`gradient_health.make_probe`'s function of (params, memory of remedies, step, variables,
         tokens, segment_ids), of the loss without a parent."""
         config = self.run_config(quantization)
