@@ -16,7 +16,7 @@ from tests.training import tiny
 from v4jax.config import CSA
 from v4jax.layers import sparse_attention
 from v4jax.layers.sparse_attention import attend, gathers, take_entries
-from v4jax.model import Transformer
+from v4jax.model import Transformer, abstract_model
 
 B, T, N, H, C, K, WINDOW = 2, 21, 3, 8, 7, 3, 4
 
@@ -152,28 +152,40 @@ def sizes(jaxpr) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("form", ["auto", "gathered", "masked", "masked, whole"])
-def test_no_array_of_heads_by_length_by_entries(form, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "dense"),
+    [
+        *(("auto", False), ("gathered", False), ("masked", False), ("masked, whole", False)),
+        *(("gathered", True), ("masked", True)),
+    ],
+)
+def test_no_array_of_heads_by_length_by_entries(form, dense, monkeypatch):
     """Forward and backward of a model at length 4,096. One of [length, entries] may exist.
 
-    "masked, whole" does all queries at once, which must be seen here.
+    So it is with the indexer's loss, its teacher and the kept mass, which are part of it, over the
+    selected entries and in the dense stage. "masked, whole" does all queries at once, which must be
+    seen here.
     """
     length, whole = 4096, form == "masked, whole"
     if whole:
         monkeypatch.setattr(sparse_attention, "PIECE", {"cpu": 2**40})
         form = "masked"
-    model = model_of(form, mlp_layer_types=("hash_moe", "hash_moe"), index_n_heads=4)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    cfg = tiny.model(
+        sparse_attention=form, index_n_heads=4, hc_sinkhorn_iters=1, num_nextn_predict_layers=0
+    )
+    graphdef, params, rest = nnx.split(abstract_model(cfg), nnx.Param, ...)
     tokens = jnp.zeros((1, length), jnp.int32)
 
-    def loss(params):
-        out = nnx.merge(graphdef, params, rest)(tokens)
-        return jnp.mean(out.logits) + sum(aux["index_loss"] for aux in out.aux["layers"])
+    def loss(params, rest):
+        out = nnx.merge(graphdef, params, rest)(tokens, dense_index=dense)
+        kept = [aux["index_kept_mass"] for aux in out.aux["layers"]]
+        index = sum(aux["index_loss"] for aux in out.aux["layers"])
+        return jnp.mean(out.logits) + index, kept
 
-    largest = max(sizes(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    largest = max(sizes(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params, rest).jaxpr))
     entries = length // 4
     assert (largest < 2 * length * entries) != whole  # two heads
-    if form != "masked":
+    if not form.startswith("masked") and not dense:
         assert largest < length * entries
 
 
