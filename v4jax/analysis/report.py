@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from v4jax.analysis import findings, plots
+from v4jax.analysis import findings, health_plot, load_plot, plots
 from v4jax.analysis.findings import DIFFERENCES, SIDES, at, listed, millinats, number, scopes
 from v4jax.training.context_models import ORDERS
 from v4jax.training.metrics import read_metrics, table
@@ -38,7 +38,8 @@ OVER_SEEDS = (
 def write_report(
     folder: pathlib.Path, report: Mapping[str, Any], runs: Mapping[str, pathlib.Path]
 ) -> None:
-    """Writes `report.json`, `report.md`, `report.png` and `result.json`, each as a whole.
+    """Writes `report.json`, `report.md`, `report.png` and `result.json`, each as a whole; and into
+    the folders of runs `health.png` of those in FP4, and `load.png`, of experts, of the control.
 
     Args:
       folder: created if it is not there.
@@ -52,6 +53,11 @@ def write_report(
     write_atomically(folder / "report.md", markdown(report))
     histories = {name: read_metrics(run) for name, run in runs.items()}
     plots.save(folder / "report.png", report, histories)
+    for name, rows in histories.items():
+        if any(key.startswith("fp4/") for key in (rows[-1] if rows else ())):
+            health_plot.save(runs[name] / "health.png", rows, name)
+    if histories.get("control"):
+        load_plot.save(runs["control"] / "load.png", histories["control"], "control")
     write_atomically(folder / "result.json", json.dumps(result(report), indent=1) + "\n")
 
 

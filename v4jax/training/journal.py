@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from v4jax import distributed
@@ -43,6 +44,18 @@ class Journal:
     def _write(self) -> None:
         lines = [json.dumps(event) + "\n" for event in self._events]
         write_atomically(self._folder / "events.jsonl", "".join(lines))
+
+
+def of_events(events: Sequence[Event]) -> dict[str, float]:
+    """Metrics of the step at which events were told: `spike_onset` (a step), `spike_z` (sigmas),
+    `not_finite` and `outlier` (the step that was left out)."""
+    found: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "spike":
+            found |= {"spike_onset": event["onset"], "spike_z": event["z"]}
+        elif event["event"] in ("not finite", "outlier"):
+            found[event["event"].replace(" ", "_")] = event["step"]
+    return found
 
 
 def read_events(folder: str | os.PathLike) -> list[Event]:

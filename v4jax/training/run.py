@@ -33,7 +33,7 @@ from v4jax.training.anticipation import Clock
 from v4jax.training.checkpoint import Checkpointer, DamagedError, Restored
 from v4jax.training.data import Batch
 from v4jax.training.files import as_path
-from v4jax.training.journal import Journal, set_aside
+from v4jax.training.journal import Journal, of_events, set_aside
 from v4jax.training.machine import write_environment
 from v4jax.training.metrics import read_metrics
 from v4jax.training.observe import (
@@ -184,13 +184,15 @@ class _Run:
                 observer.saw(step, metrics)
                 clock.saw(lag is not None)
                 preempted = distributed.preempted()
+                known = len(recovery.events)
                 order = watch.saw(step, metrics)
                 if step == self.stop and order is None:
                     order = watch.last()
                 ends = preempted or step == self.stop or order is not None
                 saves = step % pace.save_every == 0 or ends or step in pace.keep
-                if logs or ends or probed:
-                    metrics |= probed
+                happened = of_events(watch.recovery.events[known:])
+                if logs or ends or probed or happened:
+                    metrics |= probed | happened
                     if lag is not None:
                         metrics["routing_lag"] = lag
                     if lossless is not None:

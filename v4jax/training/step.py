@@ -106,17 +106,17 @@ def seen(aux) -> dict[str, jax.Array]:
     """Metrics, float32 [], of what a forward pass tells of itself.
 
     load_max: largest load of an expert over the mean, over layers; `load_metrics` of each layer,
-    "load_max/3" and so on.
+    "layer_3/load_max" and so on.
     routing_disagreement, swiglu_clamped, index_kept_mass: means over the layers that tell them.
     """
-    layers = {str(i): layer for i, layer in enumerate(aux["layers"])}
+    layers = {f"layer_{i}": layer for i, layer in enumerate(aux["layers"])}
     layers |= {"mtp": aux["mtp"]} if aux["mtp"] else {}
     found = {
-        f"{metric}/{name}": value
+        f"{name}/{metric}": value
         for name, layer in layers.items()
         for metric, value in load_metrics(layer["expert_load"]).items()
     }
-    found["load_max"] = jnp.max(jnp.stack([found[f"load_max/{i}"] for i in layers if i != "mtp"]))
+    found["load_max"] = jnp.max(jnp.stack([found[f"{i}/load_max"] for i in layers if i != "mtp"]))
     means = {
         "routing_disagreement": "disagreement",
         "swiglu_clamped": "clamped",
