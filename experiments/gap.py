@@ -18,8 +18,7 @@ CELLS = flags.DEFINE_list(
 )
 SCOPES = flags.DEFINE_list("scopes", "paper,all_linears", "[fp4] What is rounded, an arm each.")
 QAT_START = flags.DEFINE_float("qat_start", 0.7, "[fp4] The switch: fraction, or a step.", 0)
-SMALL = recipe.SMALL | {"steps": 4, "batch_size": 2, "eval_windows": 8, "seeds": 1}
-SMALL |= {"cells": ["nano:4"], "scopes": ["paper"]}
+SMALL = recipe.TINY | {"seeds": 1, "cells": ["tiny:8"], "scopes": ["paper"]}
 SWEEP = "runs()"
 AFTER_SWITCH = ("qat_start", "scopes", "eval_windows", "log_every")
 

@@ -28,8 +28,7 @@ recipe.defaults(steps=600, batch_size=4, eval_windows=384, decay_start=0.72)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 SHARES = flags.DEFINE_list("shares", "5,10,16,28,40", "[fp4] Last percent of the steps in QAT.")
 SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")
-SMALL = recipe.SMALL | {"steps": 8, "batch_size": 2, "eval_windows": 8, "seeds": 1}
-SMALL |= {"shares": ["28"]}
+SMALL = recipe.TINY | {"seeds": 1, "shares": ["28"], "scope": "paper"}
 SWEEP = "runs()"
 
 

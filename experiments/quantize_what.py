@@ -29,8 +29,7 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.",
 QAT_START = flags.DEFINE_float("qat_start", 0.7, "[fp4] The switch: fraction, or a step.", 0)
 ROUNDED = flags.DEFINE_list("rounded", GRID + MORE, "[fp4] Arms rounded after training.")
 TRAINED = flags.DEFINE_list("trained", TRAIN, "[fp4] Those of them that are trained in it too.")
-SMALL = recipe.SMALL | {"steps": 4, "batch_size": 2, "eval_windows": 8, "seeds": 1}
-SMALL |= {"rounded": ["both.mxfp4", "both.mxfp4-plain"], "trained": ["both.mxfp4"]}
+SMALL = recipe.TINY | {"seeds": 1, "rounded": ["both.mxfp4"], "trained": ["both.mxfp4"]}
 SWEEP = "runs()"
 
 

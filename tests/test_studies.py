@@ -12,10 +12,10 @@ import pytest
 from tests.launched import ROOT, launched, write_corpus
 
 STUDIES = {
-    "quantize_what": {"qat both.mxfp4 - control", "ptq both.mxfp4-plain - control"},
-    "gap": {"nano:4 qat paper - nano:4 ptq paper"},
+    "quantize_what": {"qat both.mxfp4 - control", "qat both.mxfp4 - ptq both.mxfp4"},
+    "gap": {"tiny:8 qat paper - tiny:8 ptq paper"},
     "qat_schedule": {"qat 28% - ptq", "early qat - control", "fp4 first - control"},
-    "optimizer": {"adamw 0.0025 - muon_8_2 0.0025"},
+    "optimizer": {"adamw 0.0025 - muon_5 0.0025"},
 }
 
 
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_quickly_and_reports(name, corpus, tmp_path):
     flags = ["--quick", f"--data={corpus}", "--tokenizer=bytes"]
-    run = launched(name, *flags, f"--workdir={tmp_path}")
+    run = launched(name, *flags, f"--workdir={tmp_path}", timeout=900)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "report" / f"{name}.json").read_text())
     found = {f"{r['arm']} - {r['reference']}" for s in report["sections"].values() for r in s}

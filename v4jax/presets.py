@@ -38,6 +38,20 @@ def nano(vocab_size: int = 2048) -> ModelConfig:
     )
 
 
+def tiny(vocab_size: int = 512) -> ModelConfig:
+    """About 0.2M parameters: one CSA layer, no MTP: for smoke tests that compile quickly."""
+    return dataclasses.replace(
+        pico(vocab_size),
+        layer_types=(CSA,),
+        mlp_layer_types=("moe",),
+        num_nextn_predict_layers=0,
+        compress_rates=CompressRates(4, 16),
+        sliding_window=16,
+        index_topk=8,
+        n_routed_experts=4,
+    )
+
+
 def pico(vocab_size: int = 1024) -> ModelConfig:
     """About 0.5M parameters: `nano` at half the width, for many tokens a parameter in minutes."""
     return dataclasses.replace(
@@ -53,7 +67,12 @@ def pico(vocab_size: int = 1024) -> ModelConfig:
 
 
 def shallow(cfg: ModelConfig) -> ModelConfig:
-    """`cfg` cut to one CSA and one HCA layer and windows of a few tokens: for smoke tests."""
+    """`cfg` cut to one CSA and one HCA layer and windows of a few tokens: for smoke tests.
+
+    What has one layer stays as it is.
+    """
+    if len(cfg.layer_types) == 1:
+        return cfg
     return dataclasses.replace(
         cfg,
         layer_types=(CSA, HCA),
@@ -196,5 +215,5 @@ def pro() -> ModelConfig:
 
 
 PRESETS: dict[str, Callable[..., ModelConfig]] = {
-    f.__name__: f for f in (pico, nano, micro, mini, small, flash, pro)
+    f.__name__: f for f in (tiny, pico, nano, micro, mini, small, flash, pro)
 }

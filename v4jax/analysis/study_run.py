@@ -99,7 +99,8 @@ def last_metrics(folder: pathlib.Path, prefix: str, names: Sequence[str]) -> dic
     return found
 
 
-def seconds_per_step(folders: Sequence[pathlib.Path]) -> float:
-    """The median over the logged steps of a run's parts, without the first of each: it compiles."""
+def speed(folders: Sequence[pathlib.Path]) -> dict[str, float]:
+    """`s/step`: the median over the logged steps of a run's parts, without the first of each, which
+    compiles; {} where there are no others."""
     rows = [row["seconds_per_step"] for folder in folders for row in read_metrics(folder)[1:]]
-    return float(np.median(rows)) if rows else float("nan")
+    return {"s/step": float(np.median(rows))} if rows else {}

@@ -62,7 +62,7 @@ LENGTH = integer("sequence_length", 256, "[data] Tokens a row.", 2)
 BATCH_SIZE = integer("batch_size", 8, "[data] Rows a step.", 1)
 
 PRESET = flags.DEFINE_enum(
-    "preset", "nano", ("pico", "nano", "micro", "mini", "small"), "[model] Size."
+    "preset", "nano", ("tiny", "pico", "nano", "micro", "mini", "small"), "[model] Size."
 )
 SWIGLU_LIMIT = number("swiglu_limit", 10.0, "[model] Clamp of the experts' SwiGLU; 0: none.", 0)
 DTYPE = flags.DEFINE_enum(
@@ -97,6 +97,9 @@ INDEXER_RATE = number(
 )
 CLIP = flags.DEFINE_enum(
     "clip", "global", ("global", "group"), "[training] Gradients' norm: of all, or by part."
+)
+MATRICES = flags.DEFINE_enum(
+    "matrices", "muon", ("muon", "adamw"), "[training] What moves the matrices."
 )
 NEWTON_SCHULZ = flags.DEFINE_enum(
     "newton_schulz", "hybrid", ("hybrid", "five"), "[training] Muon's rows: 8 + 2, or the first 5."
@@ -149,6 +152,16 @@ SMALL = {
     "log_every": 1,
 }
 """What --quick sets where the user did not."""
+
+TINY = SMALL | {
+    "preset": "tiny",
+    "steps": 8,
+    "batch_size": 2,
+    "eval_windows": 8,
+    "dense_until": 0.0,
+    "matrices": "adamw",
+}
+"""The same for studies, which are many runs: as few programs as there can be, quick to compile."""
 
 _OWN = {flag.name: flag.default for flag in flags.FLAGS.get_flags_for_module(sys.modules[__name__])}
 
@@ -209,6 +222,7 @@ def configure(vocab_size: int, data: str, seed: int) -> RunConfig:
             learning_rate=LEARNING_RATE.value,
             train_indexer=INDEX_WEIGHT.value > 0,
             ns_dtype="float32" if on_cpu else "bfloat16",
+            matrices=MATRICES.value,
             indexer_learning_rate=INDEXER_RATE.value,
             clip=CLIP.value,
             newton_schulz=NEWTON_SCHULZ.value,
