@@ -56,6 +56,8 @@ class Option:
 
 
 PLAIN = Option()
+QUICK = Option(presets.shallow(CONFIG))
+"""Two layers instead of four: for smoke tests."""
 OPTIONS = {
     "MTP": dataclasses.replace(
         PLAIN, model=dataclasses.replace(CONFIG, num_nextn_predict_layers=1)
@@ -106,12 +108,12 @@ def stepper(trainer: Trainer) -> Callable[[], jax.Array]:
     return run
 
 
-def gradient(length: int, tokens: int):
-    """Forward and backward of `nano` without an optimizer, rows of `length` tokens.
+def gradient(model: ModelConfig, length: int, tokens: int):
+    """Forward and backward without an optimizer, rows of `length` tokens.
 
     Returns the compiled program and a function without arguments that runs it.
     """
-    option = Option(presets.nano(), OptimizerConfig(), Objective())
+    option = Option(model, OptimizerConfig(), Objective())
     made = trainer(option, tokens // length, length)
     state, batch = made.initial_state(), made.batches(0)
 
