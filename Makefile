@@ -13,6 +13,9 @@ EXTRAS ?= dev
 ENVIRONMENT := tools/environment.sh make
 PYTEST := .venv/bin/python -m pytest --durations=10
 
+# In the order that tests/conftest.py gives the files: the longest first.
+SPREAD := -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
+
 .PHONY: help demo test test-slow test-interop test-aot lint lock clean venv venv-interop venv-aot
 
 help: ## list the targets
@@ -24,20 +27,20 @@ demo: venv ## pre-train in BF16, switch to FP4, compare: 13 minutes on two slow 
 # With ARGS one run of all, slow ones too: a selection (ARGS="-k sinkhorn") says what it wants.
 test: venv ## every test that is fast
 ifeq ($(strip $(ARGS)),)
-	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not alone"
+	$(PYTEST) $(SPREAD) -m "not slow and not alone"
 else
 	$(PYTEST) $(ARGS)
 endif
 
 test-slow: venv ## the others: trainings, kills, sweeps, a Slurm, notebooks, what measures time
-	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "slow and not alone"
+	$(PYTEST) $(SPREAD) -m "slow and not alone"
 	$(PYTEST) -m alone
 
 test-interop: venv-interop ## parity with transformers, in an environment with torch of its own
 	.venv-interop/bin/python -m pytest --durations=10 tests/interop $(ARGS)
 
 test-aot: venv-aot ## compile the kernels for v5e, v6e, v7x and the H100, none of which need be here
-	REQUIRE_TARGETS=1 .venv-aot/bin/python -m pytest --durations=10 -n $(WORKERS) --dist=loadfile \
+	REQUIRE_TARGETS=1 .venv-aot/bin/python -m pytest --durations=10 $(SPREAD) \
 	    tests/kernels_pallas/aot $(ARGS)
 
 lint: venv ## ruff (rules and format) and mypy

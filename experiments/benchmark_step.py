@@ -50,10 +50,9 @@ def main():
     if "options" in ONLY.value:
         report["options"] = step.options(rounds, 0.0 if QUICK.value else 0.2)
     if "parts" in ONLY.value:
-        report["parts"] = step.parts(roofline.peaks(QUICK.value), rounds)
+        report["parts"] = step.parts(roofline.peaks(QUICK.value), rounds, QUICK.value)
     if "lengths" in ONLY.value:
-        lengths = (64, 256) if QUICK.value else step.LENGTHS
-        report["lengths"] = step.lengths(max(2, rounds // 4), lengths)
+        report["lengths"] = step.lengths(max(2, rounds // 4), QUICK.value)
     if "start" in ONLY.value and not QUICK.value:
         report["start"] = step.start(pathlib.Path(__file__).parents[1] / "launch.py")
     report["what"]["load_after"] = timing.load()

@@ -33,6 +33,19 @@ hypothesis.settings.register_profile("v4jax", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("v4jax")
 
 
+LONGEST = (
+    "test_processes", "test_resume", "test_meshes", "test_experiment", "test_planted_mistakes",
+    "test_model_against_reference", "test_indexer_recall", "test_benchmark_step", "test_step",
+)  # fmt: skip
+"""Files that take minutes. They come first: what comes last should leave no worker waiting."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture
 def cloud(monkeypatch):
     """A cloud with the bucket gs://b, for this process and those that it starts."""

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.jax_model import quick_jit
 from v4jax import parallel, presets
 from v4jax.config import CSA, HCA, SLIDING
 from v4jax.model import Transformer, abstract_model
@@ -61,14 +62,14 @@ def test_a_model_sharded_over_eight_devices_computes_what_one_device_does():
         mlp_layer_types=("hash_moe", "moe", "moe"),
         num_nextn_predict_layers=0,
     )
-    make = jax.jit(lambda: nnx.split(Transformer(cfg, rngs=nnx.Rngs(0))))
+    make = quick_jit(lambda: nnx.split(Transformer(cfg, rngs=nnx.Rngs(0))))
     graphdef, state = make()
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     placed = jax.device_put(state, parallel.shardings(state, mesh))
     embedding = placed["embed_tokens"]["weight"]
     assert embedding[...].sharding.spec == PartitionSpec(None, "fsdp")
     tokens = np.arange(80, dtype=np.int32).reshape(2, 40) * 7 % 64
-    forward = jax.jit(lambda state: nnx.merge(graphdef, state)(tokens).logits)
+    forward = quick_jit(lambda state: nnx.merge(graphdef, state)(tokens).logits)
     np.testing.assert_allclose(forward(placed), forward(state), rtol=2e-5, atol=2e-6)
 
 

@@ -29,7 +29,7 @@ HC_GRADIENT = ("tests.layers.test_hyper_connections", "test_gradient_of_a_layer"
 ROPE_GRADIENT = ("tests.layers.test_rope", "test_the_gradient_is_the_transpose")
 SPARSE = "tests.layers.test_sparse_attention"
 FORMS = (SPARSE, "test_both_forms_equal_the_loop_and_each_others_gradients", False, "one piece", 0)
-GATHERED = (SPARSE, "test_the_model_does_not_depend_on_the_form", "sparse")
+GATHERED = (f"{SPARSE}_models", "test_a_gathered_model_against_the_reference")
 YARN = ("tests.layers.test_rope", "test_yarn_table", "ramp past the pairs")
 TESTS = (MODEL, PACKED, HC_GRADIENT, ROPE_GRADIENT, FORMS, GATHERED, YARN)
 

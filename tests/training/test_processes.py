@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,10 +123,18 @@ def test_two_processes_train_as_one(one, two):
     print(f"loads first differ at step {apart[0]}" if apart else "the same loads throughout")
 
 
+def eight_steps_of(run: Path, folder: Path) -> Path:
+    """`folder`, with a copy of the run without its last checkpoint: it goes on from step 8."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / f"checkpoints/{STOP}")
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        assert checkpointer.steps()[-1] == 8
+    return folder
+
+
 def test_one_process_goes_on_from_what_two_saved(one, two, tmp_path):
     """Eight steps by two processes, four by one."""
-    finish(tmp_path / "run", 2, 8)
-    finish(tmp_path / "run", 1)
+    finish(eight_steps_of(two, tmp_path / "run"), 1)
     losses = [[line["loss"] for line in lines(run)] for run in (one, two, tmp_path / "run")]
     assert losses[2][:8] == losses[1][:8]
     np.testing.assert_allclose(losses[2][:10], losses[0][:10], rtol=1e-5)
@@ -165,31 +174,34 @@ def test_sigterm_ends_an_evaluation(tmp_path, count):
     assert [log.read_text().count(text) for log in group.logs] == [1, 0][:count]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_peer_ends_the_other_and_the_next_start_resumes(two, tmp_path, victim):
+def test_a_killed_peer_ends_the_other_and_the_next_start_resumes(two, tmp_path):
+    """The first process is killed, the run is started again, and then the second is."""
     folder = tmp_path / "run"
-    with Group(folder, 2, STOP, 0.3) as group:
-        group.follow(victim, "step 6")
-        group.processes[victim].kill()
-        killed = time.monotonic()
-        codes = group.end()
-        assert time.monotonic() - killed < 3 * HEARTBEAT
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, 75), group.said()
+    for victim, step in enumerate(("step 6", "step 10")):
+        with Group(folder, 2, STOP, 0.3) as group:
+            group.follow(victim, step)
+            group.processes[victim].kill()
+            killed = time.monotonic()
+            codes = group.end()
+            assert time.monotonic() - killed < 3 * HEARTBEAT
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, 75), group.said()
+        with Checkpointer(folder / "checkpoints") as checkpointer:
+            assert checkpointer.steps()[-1] == (4, 8)[victim]
     finish(folder, 2)
     assert_same(folder, two)
 
 
-def test_a_folder_that_is_not_shared_ends_in_one_line(tmp_path):
+def test_a_folder_that_is_not_shared_ends_in_one_line(two, tmp_path):
     """The second process resumes elsewhere: it would train on alone, on other parameters."""
-    finish(tmp_path / "here", 2, 4)
+    eight_steps_of(two, tmp_path / "here")
     port = str(distributed.free_port())
     environ = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "V4JAX_NUM_PROCESSES": "2"}
     with (
         Group(
-            tmp_path / "here", 1, 8, V4JAX_PROCESS_ID="0", JAX_NUM_CPU_DEVICES="2", **environ
+            tmp_path / "here", 1, STOP, V4JAX_PROCESS_ID="0", JAX_NUM_CPU_DEVICES="2", **environ
         ) as here,
         Group(
-            tmp_path / "there", 1, 8, V4JAX_PROCESS_ID="1", JAX_NUM_CPU_DEVICES="2", **environ
+            tmp_path / "there", 1, STOP, V4JAX_PROCESS_ID="1", JAX_NUM_CPU_DEVICES="2", **environ
         ) as there,
     ):
         assert there.end() == [1]

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from v4jax import presets
 from v4jax.analysis import (
     benchmark_page,
     roofline,
@@ -28,7 +29,7 @@ from v4jax.analysis.timing import Spread
 from v4jax.model import parameter_counts
 from v4jax.training.metrics import table
 
-LENGTHS = (1024, 8192)
+LENGTHS, QUICK_LENGTHS = (1024, 8192), (64, 256)
 
 
 def against_transformers(rounds: int, steps: int, threads: int) -> dict[str, Any]:
@@ -86,18 +87,19 @@ def options(rounds: int, at_least: float) -> dict[str, Any]:
     }
 
 
-def parts(peaks: roofline.Peaks, rounds: int) -> dict[str, Any]:
-    """## Where the plain step's time goes, and its FLOPs against the measured peak.
+def parts(peaks: roofline.Peaks, rounds: int, quick: bool = False) -> dict[str, Any]:
+    """Where the plain step's time goes, and its FLOPs against the measured peak.
 
     FLOPs: 6 for each parameter that a token meets, the embedding table left out (2 forward, 4
     backward), so attention's own products are not in them.
     """
-    trainer = step_cases.trainer(step_cases.PLAIN)
+    option = step_cases.QUICK if quick else step_cases.PLAIN
+    trainer = step_cases.trainer(option)
     program: Any = trainer.step(trainer.config.quantization)
     run = step_cases.stepper(trainer)
     seconds = timing.alternate({"plain": run}, rounds)["plain"].spread().median
     found = step_parts.parts(program, run)
-    active = parameter_counts(step_cases.CONFIG)["active without the embedding table"]
+    active = parameter_counts(option.model)["active without the embedding table"]
     flops = 6 * active * step_cases.BATCH * step_cases.LENGTH
     return {
         "parts": [part._asdict() for part in found],
@@ -108,10 +110,13 @@ def parts(peaks: roofline.Peaks, rounds: int) -> dict[str, Any]:
     }
 
 
-def lengths(rounds: int, of: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
+def lengths(rounds: int, quick: bool = False) -> dict[str, Any]:
     """Forward and backward of `nano` at each length, as many tokens as the last has, in turn."""
+    model, of = presets.nano(), LENGTHS
+    if quick:
+        model, of = presets.shallow(model), QUICK_LENGTHS
     tokens = of[-1]
-    made = {length: step_cases.gradient(length, tokens) for length in of}
+    made = {length: step_cases.gradient(model, length, tokens) for length in of}
     timed = timing.alternate({str(n): run for n, (_, run) in made.items()}, rounds)
     rows = [
         {

@@ -64,6 +64,8 @@ class Option:
 
 PLAIN = Option()
 QAT = Option(quantization=PAPER)
+QUICK = Option(presets.shallow(CONFIG))
+"""Two layers instead of four: for smoke tests."""
 OPTIONS = {
     "MTP": Option(model=dataclasses.replace(CONFIG, num_nextn_predict_layers=1)),
     "Muon": Option(optimizer=OptimizerConfig(train_indexer=False)),
@@ -141,12 +143,12 @@ def stepper(trainer: Trainer) -> Callable[[], jax.Array]:
     return run
 
 
-def gradient(length: int, tokens: int):
-    """Forward and backward of `nano` without an optimizer, rows of `length` tokens.
+def gradient(model: ModelConfig, length: int, tokens: int):
+    """Forward and backward without an optimizer, rows of `length` tokens.
 
     Returns the compiled program and a function without arguments that runs it.
     """
-    option = Option(presets.nano(), OptimizerConfig(), Objective())
+    option = Option(model, OptimizerConfig(), Objective())
     made = trainer(option, tokens // length, length)
     state, batch = made.initial_state(), made.batch(0)
 
