@@ -27,8 +27,7 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.",
 CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Of {', '.join(ARMS)}.")
 SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")
 QAT_START = flags.DEFINE_float("qat_start", 0.5, "[fp4] The switch: fraction, or a step.", 0)
-SMALL = recipe.SMALL | {"steps": 8, "batch_size": 2, "eval_windows": 8, "seeds": 1}
-SMALL |= {"arms": ["plain", "frozen"], "scope": "paper"}
+SMALL = recipe.TINY | {"seeds": 1, "arms": ["plain", "frozen"], "scope": "paper"}
 SWEEP = "runs()"
 
 
@@ -39,8 +38,6 @@ def runs():
 
 def configured(config, arm: str):
     """The configuration of an arm."""
-    if arm not in ARMS:
-        raise ValueError(f"--arms: {arm!r}, allowed: {', '.join(ARMS)}")
     remedies = dataclasses.replace(config.remedies, **REMEDIES.get(arm, {}))
     distill = 0.5 if arm == "distilled" else config.objective.distill
     objective = dataclasses.replace(config.objective, distill=distill)
@@ -54,6 +51,7 @@ def main():
     from v4jax.training.run import Branch, train
     from v4jax.training.schedule import resolve_steps
 
+    command.check_among("arms", ARMS)
     workdir, setup = recipe.start(), recipe.prepare()
     config, end, formats = (
         setup.configure(recipe.SEED.value),

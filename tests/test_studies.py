@@ -16,6 +16,8 @@ STUDIES = {
     "gap": {"tiny:8 qat paper - tiny:8 ptq paper"},
     "qat_schedule": {"qat 28% - ptq", "early qat - control", "fp4 first - control"},
     "optimizer": {"adamw 0.0025 - muon_5 0.0025"},
+    "stability": {"plain - undisturbed", "anticipate - plain"},
+    "oscillation": {"plain - ptq", "frozen - plain"},
 }
 
 
@@ -64,6 +66,8 @@ def test_a_study_is_short_and_its_plan_is_whole(name, tmp_path):
 def test_wrong_arms_end_in_one_line(tmp_path):
     for name, flag, what in (
         ("quantize_what", "--rounded=all.mxfp4", "--rounded: 'all.mxfp4': unknown scope, allowed:"),
+        ("stability", "--arms=pray", "--arms: 'pray', allowed: undisturbed, plain, no clamp,"),
+        ("oscillation", "--arms=pray", "--arms: 'pray', allowed: plain, dampened, frozen,"),
         ("gap", "--scopes=all", "--scopes: unknown scope 'all', allowed: paper, all_linears"),
     ):
         run = launched(name, "--single", flag, f"--workdir={tmp_path}")

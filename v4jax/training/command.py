@@ -3,7 +3,7 @@
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -101,6 +101,13 @@ def starts(name: str) -> tuple[tuple[int | float, int], ...]:
                 f"--{name}={text}: allowed: START:VALUE, such as 0:64 or 0.5:256"
             ) from None
     return tuple(found)
+
+
+def check_among(name: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError, one line, where the list flag `name` holds anything else."""
+    for value in flags.FLAGS[name].value:
+        if value not in allowed:
+            raise ValueError(f"--{name}: {value!r}, allowed: {', '.join(allowed)}")
 
 
 def step_range(name: str, total: int) -> range | None:
