@@ -91,7 +91,7 @@ def starts(name: str) -> tuple[tuple[int | float, int], ...]:
     """The value of the list flag `name`: START:VALUE each; a start is a fraction up to 1, or a step
     above."""
     found = []
-    for text in flags.FLAGS[name].value:
+    for text in flags.FLAGS[name].value or ():
         start, colon, value = text.partition(":")
         try:
             at = float(start)
@@ -105,7 +105,7 @@ def starts(name: str) -> tuple[tuple[int | float, int], ...]:
 
 def check_among(name: str, allowed: Sequence[str]) -> None:
     """Raises ValueError, one line, where the list flag `name` holds anything else."""
-    for value in flags.FLAGS[name].value:
+    for value in flags.FLAGS[name].value or ():
         if value not in allowed:
             raise ValueError(f"--{name}: {value!r}, allowed: {', '.join(allowed)}")
 
