@@ -68,15 +68,15 @@ def test_a_layers_kept_mass_is_that_of_the_loop(form, pieces, monkeypatch):
     def run(params, x, dense):
         seen = []
 
-        def noted(*arguments):
-            seen.append(arguments)
-            return kept_mass(*arguments)
+        def noted(*arguments, **others):
+            seen.append((*arguments, others["chosen"]))
+            return kept_mass(*arguments, **others)
 
         monkeypatch.setattr(attention, "kept_mass", noted)
         ids = jnp.asarray(segments, jnp.int32)
         ctx = make_context(cfg, ids, ids, dense_index=dense)
         _, aux = nnx.merge(graphdef, params)(x, ctx)
-        ((q, kv, sinks, _, _, entries, _, chosen, _),) = seen
+        ((q, kv, sinks, _, _, entries, chosen),) = seen
         return (q, kv, sinks, entries), chosen, aux["index_kept_mass"]
 
     run = quick_jit(run)

@@ -66,15 +66,15 @@ class Attention(nnx.Module):
 
         aux: dict[str, Any] = {}
         windows = ctx.windows.get(self.kind)
-        operands = q, kv, self.sinks[...], cfg.sliding_window, ctx.segment_ids
+        attention = q, kv, self.sinks[...], cfg.sliding_window, ctx.segment_ids
         if windows is None:
-            o, _ = attend(*operands)
+            o, _ = attend(*attention)
         else:
             entries = self.compressor.entries(x, windows, ctx.entry_rotary[self.kind])
             if self.kind == CSA:
-                o, aux = self._selected(x, q_latent, (*operands, entries), ctx)
+                o, aux = self._selected(x, q_latent, (*attention, entries), ctx)
             else:
-                o, _ = attend(*operands, entries, windows.seen)
+                o, _ = attend(*attention, entries, windows.seen)
         with jax.named_scope("output"):
             return self._output(rope.rotate(o, heads, inverse=True)), aux
 
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         dense = ctx.dense_index
 
         def over(attended, scores, among):
-            o, mass = attend(*attention, attended)
+            o, mass = attend(*attention, attended=attended)
             return o, index_loss(scores, mass, among, ctx.valid)
 
         def every():
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
                 chosen = parallel.over_rows(lambda _, scores: best(scores), None, scores)
             mask = chosen | (is_visible(*seen, entries) & dense)
             o, loss = over(mask, scores, mask)
-        kept = kept_mass(*attention, seen, chosen, ctx.valid)
+        kept = kept_mass(*attention, seen=seen, chosen=chosen, valid=ctx.valid)
         aux: dict[str, Any] = {"index_loss": loss, "index_kept_mass": kept}
         if ctx.collect:
             aux["index"] = {"operands": operands}
