@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4jax.numerics import Format, blocks, dequantize, quantize
+from v4jax.numerics import Format, take_apart
 from v4jax.quantization import PARTS, Quantization, flat_paths, resolve
 
 BOUNDARIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -53,17 +53,7 @@ def hold(weight: Array, fmt: Format) -> Held:
     """`weight` [..., n] in an FP4 format, all float32. Raises ValueError for another element."""
     if fmt.bits != 4:
         raise ValueError(f"weight_health: {fmt.name} is not an FP4 format")
-    q = quantize(weight, fmt)
-    scale = q.scales.astype(jnp.float32)
-    if q.tensor_scale is not None:
-        scale = scale * q.tensor_scale
-    inner = jnp.expand_dims(scale, blocks.inner_axes(fmt.tile))
-    whole = jnp.broadcast_to(inner, blocks.split(weight, fmt.tile).shape)
-    return Held(
-        q.values.astype(jnp.float32),
-        blocks.merge(whole, weight.shape, fmt.tile),
-        dequantize(q),
-    )
+    return Held(*take_apart(weight, fmt))
 
 
 def count(before: Array, after: Array, fmt: Format) -> dict[str, Array]:
