@@ -34,10 +34,16 @@ def test_the_table_is_what_was_logged():
 
 @pytest.mark.parametrize(
     ("rows", "missing"),
-    [(run(), 0), (run(steps=[7]), 0), (run(("mtp",)), 0), ([{"step": 1}], 6), ([], 6)],
+    [
+        (run(), 0),
+        (run(steps=[7]), 0),
+        (run(("mtp",)), 0),
+        ([{"step": 1, "load_max": 1.2}], 6),
+        ([], 6),
+    ],
     ids=["run", "one step", "one layer", "none per layer", "empty"],
-)  # fmt: skip
-def test_it_is_drawn(rows, missing, tmp_path):
+)
+def test_it_is_drawn(rows, missing):
     figure = draw(rows, "qat")
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert texts.count("not measured") == missing

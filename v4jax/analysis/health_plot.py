@@ -169,7 +169,7 @@ def _page(rows: Rows, name: str):
                 axes.axvline(row["spike_onset"], color=LIGHT_GREY, linewidth=2.5, zorder=0)
         if steps:
             axes.set_xlim(min(steps), max(max(steps), min(steps) + 1))
-        axes.xaxis.get_major_locator().set_params(nbins=4, integer=True)
+        axes.locator_params(axis="x", nbins=4, integer=True)
         axes.tick_params(labelsize=7)
         if i % 3 == 0:
             axes.set_ylabel(QUESTIONS[i // 3], fontweight="bold", labelpad=7)
