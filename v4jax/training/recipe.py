@@ -1,18 +1,14 @@
 """What every training experiment takes from its command line, and the set-up that this makes.
 
-An experiment takes these flags into its own --help, and sets its own defaults for some:
+An experiment defines these flags as its own, some with another default, and then its further ones:
 
-    flags.adopt_module_key_flags(recipe)
-    recipe.defaults(steps=400, batch_size=4)
-
-A flag that one experiment alone has stands in that experiment's file.
+    recipe.define(steps=400, batch_size=4)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -30,78 +26,94 @@ if TYPE_CHECKING:
     from v4jax.training.tokenizer import Tokenizer
     from v4jax.training.trainer import RunConfig, Trainer
 
-string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-WORKDIR = string("workdir", None, "[run] Folder, or gs://BUCKET/PATH.", required=True)
-QUICK = flags.DEFINE_bool("quick", False, "[run] Shrink all that you do not set: a smoke test.")
-SEED = integer("seed", 0, "[run] Initialisation, data order, hash tables.", 0)
-SAVE_EVERY = integer("save_every", 100, "[run] Steps between checkpoints.", 1)
-LOG_EVERY = integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
-TRACKERS = flags.DEFINE_list("trackers", "", "[run] Of wandb, mlflow: beside TensorBoard.")
-PROFILE = string(
-    "profile_steps", None, "[run] 10:15 traces steps 10 to 14 of each phase with them."
-)
-MESH = string("mesh", None, "[devices] data=2,fsdp=4: copies, and parts of the parameters.")
-COORDINATOR = string("coordinator", None, "[devices] host:port of the first of several processes.")
-PROCESSES = integer("num_processes", None, "[devices] Processes of the run. Slurm, TPUs: found.", 1)
-PROCESS_ID = integer("process_id", None, "[devices] Which of them this is, from 0 on.", 0)
-PREEMPTIBLE = flags.DEFINE_bool(
-    "preemptible", False, "[devices] On SIGTERM save, and exit with 75; always so inside srun."
-)
-EVAL_WINDOWS = integer("eval_windows", 2048, "[run] At most so many held-out windows.", 1)
+F = flags.FLAGS
+flags.disclaim_key_flags()  # what `define` defines is its caller's, in --help too
 
-DATA = string(
-    "data", None, "[data] Text, JSONL or Parquet, file or folder. Default: your Python's."
-)
-TOKENIZER = string("tokenizer", "bpe", "[data] bpe, bytes, or the path of a tokenizer.json.")
-VOCAB_SIZE = integer("vocab_size", 2048, "[data] Entries of the BPE.", 257)
-LENGTH = integer("sequence_length", 256, "[data] Tokens a row.", 2)
-BATCH_SIZE = integer("batch_size", 8, "[data] Rows a step.", 1)
 
-PRESET = flags.DEFINE_enum(
-    "preset", "nano", ("tiny", "pico", "nano", "micro", "mini", "small"), "[model] Size."
-)
-DTYPE = flags.DEFINE_enum(
-    "compute_dtype",
-    "auto",
-    ("auto", "bfloat16", "float32"),
-    "[model] Of matmuls and activations. auto: bfloat16, but float32 on CPUs, which are slower in "
-    "bfloat16. The report says which it was.",
-)
+def define(**own: Any) -> None:
+    """Defines the flags for the experiment that calls it. own: flag -> its default there."""
+    _of_the_run()
+    _of_the_training()
+    for name, value in own.items():
+        F.set_default(name, value)
 
-STEPS = integer("steps", 640, "[training] Updates in all.", 2)
-DECAY_START = number("decay_start", 0.7, "[training] Cosine decay: fraction, or a step.", 0)
-FINAL_FRACTION = number(
-    "final_fraction", 0.1, "[training] Learning rate at the end, of the peak.", 0
-)
-WARMUP = number("warmup", 0.06, "[training] Warm-up: fraction, or steps.", 0)
-DECAY_END = number("decay_end", 1.0, "[training] The cosine's end: fraction, or a step.", 0)
-DENSE = number("dense_until", 0.1, "[training] Dense attention before: fraction, or a step.", 0)
-INDEXER_WARMUP = number(
-    "indexer_warmup", 0.0, "[training] Then only the indexer learns: fraction, or steps.", 0
-)
-INDEX_START = number(
-    "index_start", 0.0, "[training] The indexer's KL counts from there on: fraction, or a step.", 0
-)
-LENGTHS = flags.DEFINE_list(
-    "lengths", "", "[training] START:TOKENS, growing: 0:64,0.5:256 cuts the first rows in four."
-)
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", "", "[training] START:ROWS, growing: 0:4,0.5:8.")
-LEARNING_RATE = number("learning_rate", 2.5e-3, "[training] Peak, of Muon and AdamW.", 0)
-INDEXER_RATE = number(
-    "indexer_learning_rate", None, "[training] The indexer's own peak; default: as the others'.", 0
-)
-CLIP = flags.DEFINE_enum(
-    "clip", "global", ("global", "group"), "[training] Gradients' norm: of all, or by part."
-)
-MATRICES = flags.DEFINE_enum(
-    "matrices", "muon", ("muon", "adamw"), "[training] What moves the matrices."
-)
-NEWTON_SCHULZ = flags.DEFINE_enum(
-    "newton_schulz", "hybrid", ("hybrid", "five"), "[training] Muon's rows: 8 + 2, or the first 5."
-)
-INDEX_WEIGHT = number("index_weight", 1.0, "[training] Of the indexer's KL; 0 freezes it.", 0)
-BALANCE_WEIGHT = number("balance_weight", 1e-4, "[training] Of the balance loss.", 0)
-BIAS_SPEED = number("bias_speed", 0.01, "[training] Of the routers' selection bias, a step.", 0)
+
+def _of_the_run() -> None:
+    string, integer = flags.DEFINE_string, flags.DEFINE_integer
+    string("workdir", None, "[run] Folder, or gs://BUCKET/PATH.", required=True)
+    flags.DEFINE_bool("quick", False, "[run] Shrink all that you do not set: a smoke test.")
+    integer("seed", 0, "[run] Initialisation, data order, hash tables.", 0)
+    integer("save_every", 100, "[run] Steps between checkpoints.", 1)
+    integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
+    flags.DEFINE_list("trackers", "", "[run] Of wandb, mlflow: beside TensorBoard.")
+    string("profile_steps", None, "[run] 10:15 traces steps 10 to 14 of each phase with them.")
+    string("mesh", None, "[devices] data=2,fsdp=4: copies, and parts of the parameters.")
+    string("coordinator", None, "[devices] host:port of the first of several processes.")
+    integer("num_processes", None, "[devices] Processes of the run. Slurm, TPUs: found.", 1)
+    integer("process_id", None, "[devices] Which of them this is, from 0 on.", 0)
+    flags.DEFINE_bool(
+        "preemptible", False, "[devices] On SIGTERM save, and exit with 75; always so inside srun."
+    )
+    integer("eval_windows", 2048, "[run] At most so many held-out windows.", 1)
+
+    string("data", None, "[data] Text, JSONL or Parquet, file or folder. Default: your Python's.")
+    string("tokenizer", "bpe", "[data] bpe, bytes, or the path of a tokenizer.json.")
+    integer("vocab_size", 2048, "[data] Entries of the BPE.", 257)
+    integer("sequence_length", 256, "[data] Tokens a row.", 2)
+    integer("batch_size", 8, "[data] Rows a step.", 1)
+
+
+def _of_the_training() -> None:
+    integer, number = flags.DEFINE_integer, flags.DEFINE_float
+    flags.DEFINE_enum(
+        "preset", "nano", ("tiny", "pico", "nano", "micro", "mini", "small"), "[model] Size."
+    )
+    flags.DEFINE_enum(
+        "compute_dtype",
+        "auto",
+        ("auto", "bfloat16", "float32"),
+        "[model] Of matmuls and activations. auto: bfloat16, but float32 on CPUs, which are slower "
+        "in bfloat16. The report says which it was.",
+    )
+
+    integer("steps", 640, "[training] Updates in all.", 2)
+    number("decay_start", 0.7, "[training] Cosine decay: fraction, or a step.", 0)
+    number("final_fraction", 0.1, "[training] Learning rate at the end, of the peak.", 0)
+    number("warmup", 0.06, "[training] Warm-up: fraction, or steps.", 0)
+    number("decay_end", 1.0, "[training] The cosine's end: fraction, or a step.", 0)
+    number("dense_until", 0.1, "[training] Dense attention before: fraction, or a step.", 0)
+    number("indexer_warmup", 0.0, "[training] Then only the indexer learns: fraction, or steps.", 0)
+    number(
+        "index_start",
+        0.0,
+        "[training] The indexer's KL counts from there on: fraction, or a step.",
+        0,
+    )
+    flags.DEFINE_list(
+        "lengths", "", "[training] START:TOKENS, growing: 0:64,0.5:256 cuts the first rows in four."
+    )
+    flags.DEFINE_list("batch_sizes", "", "[training] START:ROWS, growing: 0:4,0.5:8.")
+    number("learning_rate", 2.5e-3, "[training] Peak, of Muon and AdamW.", 0)
+    number(
+        "indexer_learning_rate",
+        None,
+        "[training] The indexer's own peak; default: as the others'.",
+        0,
+    )
+    flags.DEFINE_enum(
+        "clip", "global", ("global", "group"), "[training] Gradients' norm: of all, or by part."
+    )
+    flags.DEFINE_enum("matrices", "muon", ("muon", "adamw"), "[training] What moves the matrices.")
+    flags.DEFINE_enum(
+        "newton_schulz",
+        "hybrid",
+        ("hybrid", "five"),
+        "[training] Muon's rows: 8 + 2, or the first 5.",
+    )
+    number("index_weight", 1.0, "[training] Of the indexer's KL; 0 freezes it.", 0)
+    number("balance_weight", 1e-4, "[training] Of the balance loss.", 0)
+    number("bias_speed", 0.01, "[training] Of the routers' selection bias, a step.", 0)
+
 
 SMALL = {
     "steps": 20,
@@ -123,29 +135,20 @@ TINY = SMALL | {
 }
 """The same for studies, which are many runs: as few programs as there can be, quick to compile."""
 
-_OWN = {flag.name: flag.default for flag in flags.FLAGS.get_flags_for_module(sys.modules[__name__])}
-
-
-def defaults(**values: Any) -> None:
-    """Makes these the defaults of their flags, and this file's those of all others."""
-    for name, value in (_OWN | values).items():
-        if flags.FLAGS[name].default != value:
-            flags.FLAGS.set_default(name, value)
-
 
 def start() -> pathlib.Path:
     """Starts the run's processes, as the flags say; returns the folder of --workdir."""
     from v4jax import distributed
     from v4jax.training.files import as_path
 
-    step_range("profile_steps", STEPS.value)  # wrong values end here
+    step_range("profile_steps", F.steps)  # wrong values end here
     distributed.start(
-        coordinator=COORDINATOR.value,
-        num_processes=PROCESSES.value,
-        process_id=PROCESS_ID.value,
-        preemptible=PREEMPTIBLE.value,
+        coordinator=F.coordinator,
+        num_processes=F.num_processes,
+        process_id=F.process_id,
+        preemptible=F.preemptible,
     )
-    return as_path(WORKDIR.value)
+    return as_path(F.workdir)
 
 
 def configure(vocab_size: int, data: str, seed: int) -> RunConfig:
@@ -158,15 +161,15 @@ def configure(vocab_size: int, data: str, seed: int) -> RunConfig:
     from v4jax.training.step import Objective
     from v4jax.training.trainer import RunConfig
 
-    model = presets.PRESETS[PRESET.value](vocab_size)
+    model = presets.PRESETS[F.preset](vocab_size)
     on_cpu = jax.default_backend() == "cpu"
     return RunConfig(
-        model=presets.shallow(model) if QUICK.value else model,
+        model=presets.shallow(model) if F.quick else model,
         schedule=ScheduleConfig(
-            total_steps=STEPS.value,
+            total_steps=F.steps,
             warmup_steps=fraction_or_steps("warmup"),
             decay_start=fraction_or_steps("decay_start"),
-            final_fraction=FINAL_FRACTION.value,
+            final_fraction=F.final_fraction,
             dense_until=fraction_or_steps("dense_until"),
             decay_end=fraction_or_steps("decay_end"),
             indexer_warmup=fraction_or_steps("indexer_warmup") or 0,
@@ -175,30 +178,32 @@ def configure(vocab_size: int, data: str, seed: int) -> RunConfig:
             batch_sizes=starts("batch_sizes"),
         ),
         optimizer=OptimizerConfig(
-            learning_rate=LEARNING_RATE.value,
-            train_indexer=INDEX_WEIGHT.value > 0,
+            learning_rate=F.learning_rate,
+            train_indexer=F.index_weight > 0,
             ns_dtype="float32" if on_cpu else "bfloat16",
-            matrices=MATRICES.value,
-            indexer_learning_rate=INDEXER_RATE.value,
-            clip=CLIP.value,
-            newton_schulz=NEWTON_SCHULZ.value,
+            matrices=F.matrices,
+            indexer_learning_rate=F.indexer_learning_rate,
+            clip=F.clip,
+            newton_schulz=F.newton_schulz,
         ),
         objective=Objective(
-            balance=BALANCE_WEIGHT.value,
-            index=INDEX_WEIGHT.value,
-            bias_speed=BIAS_SPEED.value,
+            balance=F.balance_weight,
+            index=F.index_weight,
+            bias_speed=F.bias_speed,
         ),
-        sequence_length=LENGTH.value,
-        batch_size=BATCH_SIZE.value,
+        sequence_length=F.sequence_length,
+        batch_size=F.batch_size,
         seed=seed,
         data=data,
-        compute_dtype=DTYPE.value if DTYPE.value != "auto" else ("bfloat16", "float32")[on_cpu],
+        compute_dtype=F.compute_dtype
+        if F.compute_dtype != "auto"
+        else ("bfloat16", "float32")[on_cpu],
     )
 
 
 def shrink(small: dict[str, Any]) -> None:
     """Sets the flags of `small` that were not given, with --quick: for what asks before a run."""
-    if QUICK.value:
+    if F.quick:
         command.shrink(small)
 
 
@@ -207,10 +212,10 @@ def pace() -> Pace:
     from v4jax.training.observe import Pace
 
     return Pace(
-        LOG_EVERY.value,
-        SAVE_EVERY.value,
-        trackers=tuple(TRACKERS.value),
-        profile=step_range("profile_steps", STEPS.value),
+        F.log_every,
+        F.save_every,
+        trackers=tuple(F.trackers),
+        profile=step_range("profile_steps", F.steps),
     )
 
 
@@ -253,14 +258,14 @@ def prepare() -> Setup:
     from v4jax.training.data import Dataset, evaluation_windows
     from v4jax.training.tokenizer import get_tokenizer
 
-    began, mesh = time.perf_counter(), parallel.make_mesh(MESH.value)
-    parallel.check_rows(mesh, BATCH_SIZE.value)
-    corpus = load_corpus(DATA.value)
+    began, mesh = time.perf_counter(), parallel.make_mesh(F.mesh)
+    parallel.check_rows(mesh, F.batch_size)
+    corpus = load_corpus(F.data)
     say(corpus.description)
     train, held_out = split(corpus)
-    tokenizer = get_tokenizer(TOKENIZER.value, train, VOCAB_SIZE.value, ".cache/text")
+    tokenizer = get_tokenizer(F.tokenizer, train, F.vocab_size, ".cache/text")
     end_if_preempted("before the corpus was tokenized")
     dataset = Dataset.build(train.documents, tokenizer, ".cache/text")
-    windows = evaluation_windows(held_out.documents, tokenizer, LENGTH.value, EVAL_WINDOWS.value)
+    windows = evaluation_windows(held_out.documents, tokenizer, F.sequence_length, F.eval_windows)
     end_if_preempted("before training")
     return Setup(mesh, corpus, train, held_out, tokenizer, dataset, windows, began)
