@@ -24,8 +24,7 @@ from v4jax.training import command, recipe
 from v4jax.training.command import fraction_or_steps
 
 NAME = "bf16_to_fp4"
-flags.adopt_module_key_flags(recipe)
-recipe.defaults()
+recipe.define()
 SEEDS = flags.DEFINE_integer(
     "seeds", 1, "[run] Repeat with so many seeds, from --seed on: mean, spread.", 1
 )
@@ -51,7 +50,7 @@ def describe() -> dict[str, int]:
     from v4jax.analysis import provenance
 
     recipe.shrink(recipe.SMALL)
-    vocab_size, seed = recipe.VOCAB_SIZE.value, recipe.SEED.value
+    vocab_size, seed = flags.FLAGS.vocab_size, flags.FLAGS.seed
     return provenance.sizes(recipe.configure(vocab_size, "", seed))
 
 
@@ -81,7 +80,7 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     from v4jax.training.schedule import resolve_steps
 
     setup = recipe.prepare()
-    steps, rows = recipe.STEPS.value, recipe.BATCH_SIZE.value
+    steps, rows = flags.FLAGS.steps, flags.FLAGS.batch_size
     trainer = setup.trainer(setup.configure(seed))
     say(provenance.describe(trainer, setup.dataset))
     arms = switch.run_arms(
@@ -108,7 +107,7 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     report["what"] = provenance.what(trainer, arms, windows, setup.corpus) | {
         "experiment": NAME,
         "command": shlex.join(["python", "launch.py", f"--experiment={NAME}", *sys.argv[1:]]),
-        "preset": recipe.PRESET.value,
+        "preset": flags.FLAGS.preset,
         "seconds": {"total": time.perf_counter() - setup.began},
     }
     if is_main():
@@ -125,7 +124,7 @@ def main():
         raise ValueError("--from_checkpoint: has one seed, so --seeds must be 1")
     if FROM.value and not flags.FLAGS["qat_start"].using_default_value:
         raise ValueError("--qat_start: with --from_checkpoint the switch is at its step; name none")
-    workdir, first = recipe.start(), recipe.SEED.value
+    workdir, first = recipe.start(), flags.FLAGS.seed
     results = [experiment(first, workdir)]
     for seed in range(first + 1, first + SEEDS.value):
         results.append(experiment(seed, workdir / f"seed_{seed}"))

@@ -10,8 +10,7 @@ from absl import flags
 from v4jax.training import command, recipe
 from v4jax.training.command import fraction_or_steps
 
-flags.adopt_module_key_flags(recipe)
-recipe.defaults(vocab_size=1024, batch_size=4, eval_windows=384)
+recipe.define(vocab_size=1024, batch_size=4, eval_windows=384)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 CELLS = flags.DEFINE_list(
     "cells", "pico:250,pico:1000,pico:2000,nano:250,nano:750", "[run] PRESET:STEPS of the sweep."
@@ -45,11 +44,11 @@ def main():
             raise ValueError(f"--scopes: unknown scope {name!r}, allowed: {allowed}")
     scopes = {name: quantization.SCOPES[name] for name in SCOPES.value}
     workdir, setup = recipe.start(), recipe.prepare()
-    trainer = setup.trainer(setup.configure(recipe.SEED.value))
-    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), recipe.STEPS.value)
+    trainer = setup.trainer(setup.configure(flags.FLAGS.seed))
+    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), flags.FLAGS.steps)
     arms = switch.run_arms(trainer, workdir, switch_step=at, scopes=scopes, pace=recipe.pace())
     study_run.finish(
-        workdir, setup, trainer, study_run.switched(arms, scopes), preset=recipe.PRESET.value
+        workdir, setup, trainer, study_run.switched(arms, scopes), preset=flags.FLAGS.preset
     )
 
 

@@ -10,8 +10,7 @@ from absl import flags
 
 from v4jax.training import command, recipe
 
-flags.adopt_module_key_flags(recipe)
-recipe.defaults(steps=300, batch_size=4, eval_windows=384)
+recipe.define(steps=300, batch_size=4, eval_windows=384)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 RATES = flags.DEFINE_list("rates", "1.25e-3,2.5e-3,5e-3", "[run] Learning rates of the sweep.")
 SMALL = recipe.TINY | {"seeds": 1, "rates": ["2.5e-3"]}
@@ -23,7 +22,7 @@ def runs():
     optimizers = [("muon", "hybrid"), ("muon", "five"), ("adamw", "hybrid")]
     return [
         {"matrices": matrices, "newton_schulz": rows, "learning_rate": rate, "seed": seed}
-        for matrices, rows in (optimizers[1:] if recipe.QUICK.value else optimizers)
+        for matrices, rows in (optimizers[1:] if flags.FLAGS.quick else optimizers)
         for rate in RATES.value
         for seed in range(SEEDS.value)
     ]
@@ -34,15 +33,15 @@ def main():
     from v4jax.training import run
 
     workdir, setup = recipe.start(), recipe.prepare()
-    trainer = setup.trainer(setup.configure(recipe.SEED.value))
+    trainer = setup.trainer(setup.configure(flags.FLAGS.seed))
     folder = workdir / "train"
-    state = run.train(trainer, folder, stop=recipe.STEPS.value, pace=recipe.pace())
+    state = run.train(trainer, folder, stop=flags.FLAGS.steps, pace=recipe.pace())
     numbers = study_run.speed([folder])
-    rows = {"hybrid": "muon_8_2", "five": "muon_5"}[recipe.NEWTON_SCHULZ.value]
-    name = "adamw" if recipe.MATRICES.value == "adamw" else rows
-    label = f"{name} {recipe.LEARNING_RATE.value:g}"
+    rows = {"hybrid": "muon_8_2", "five": "muon_5"}[flags.FLAGS.newton_schulz]
+    name = "adamw" if flags.FLAGS.matrices == "adamw" else rows
+    label = f"{name} {flags.FLAGS.learning_rate:g}"
     arms = {label: study_run.Arm(state, numbers=numbers)}
-    study_run.finish(workdir, setup, trainer, arms, preset=recipe.PRESET.value)
+    study_run.finish(workdir, setup, trainer, arms, preset=flags.FLAGS.preset)
 
 
 def report(workdir):

@@ -21,8 +21,7 @@ REMEDIES: dict[str, dict] = {
     "rounded at random": {"rounding": "stochastic"},
 }
 ARMS = ("plain", *REMEDIES, "distilled")
-flags.adopt_module_key_flags(recipe)
-recipe.defaults(steps=600, batch_size=4, eval_windows=384, track_oscillation=True)
+recipe.define(steps=600, batch_size=4, eval_windows=384, track_oscillation=True)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Of {', '.join(ARMS)}.")
 SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")
@@ -54,8 +53,8 @@ def main():
     command.check_among("arms", ARMS)
     workdir, setup = recipe.start(), recipe.prepare()
     config, end, formats = (
-        setup.configure(recipe.SEED.value),
-        recipe.STEPS.value,
+        setup.configure(flags.FLAGS.seed),
+        flags.FLAGS.steps,
         SCOPES[SCOPE.value],
     )
     at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), end)

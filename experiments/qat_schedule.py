@@ -23,8 +23,7 @@ from v4jax.training import command, recipe
 from v4jax.training.command import fraction_or_steps
 
 BITS = 4.25  # of a weight in MXFP4
-flags.adopt_module_key_flags(recipe)
-recipe.defaults(steps=600, batch_size=4, eval_windows=384, decay_start=0.72)
+recipe.define(steps=600, batch_size=4, eval_windows=384, decay_start=0.72)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 SHARES = flags.DEFINE_list("shares", "5,10,16,28,40", "[fp4] Last percent of the steps in QAT.")
 SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")
@@ -44,7 +43,7 @@ def main():
     from v4jax.training.schedule import resolve_steps
 
     workdir, setup = recipe.start(), recipe.prepare()
-    config, end = setup.configure(recipe.SEED.value), recipe.STEPS.value
+    config, end = setup.configure(flags.FLAGS.seed), flags.FLAGS.steps
     cool = resolve_steps("--decay_start", fraction_or_steps("decay_start"), end)
     switches = {f"qat {s}%": round(end * (1 - float(s) / 100)) for s in SHARES.value}
     begins = 2 * cool - end  # of the early cooldown
@@ -69,7 +68,7 @@ def main():
     train("fp4_first", fp4, stop=cool)
     arms["fp4 first"] = train("bf16_last", bf16, ("fp4_first", cool))
     fused = next((name for name, at in switches.items() if at == cool), "none")
-    finish(workdir, setup, late, arms, preset=recipe.PRESET.value, fused=fused)
+    finish(workdir, setup, late, arms, preset=flags.FLAGS.preset, fused=fused)
 
 
 def report(workdir):

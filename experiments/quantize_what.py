@@ -23,8 +23,7 @@ MORE = ["everything.mxfp4-16", "everything.mxfp4-64", "indexer.mxfp4-plain", "bo
 GRID = [".".join(x) for x in itertools.product(SCOPES, FORMATS) if x != ("indexer", "nvfp4")]
 TRAIN = ["experts.mxfp4", "indexer.mxfp4", "both.mxfp4", "indexer.mxfp4-plain", *MORE[:2]]
 TRAIN += [name for name in GRID if name.startswith("everything")]
-flags.adopt_module_key_flags(recipe)
-recipe.defaults(steps=400, batch_size=4, eval_windows=384)
+recipe.define(steps=400, batch_size=4, eval_windows=384)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 QAT_START = flags.DEFINE_float("qat_start", 0.7, "[fp4] The switch: fraction, or a step.", 0)
 ROUNDED = flags.DEFINE_list("rounded", GRID + MORE, "[fp4] Arms rounded after training.")
@@ -62,11 +61,11 @@ def main():
     rounded = {name: quantization(name) for name in ROUNDED.value}
     trained = {name: quantization(name) for name in TRAINED.value}
     workdir, setup = recipe.start(), recipe.prepare()
-    trainer = setup.trainer(setup.configure(recipe.SEED.value))
-    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), recipe.STEPS.value)
+    trainer = setup.trainer(setup.configure(flags.FLAGS.seed))
+    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), flags.FLAGS.steps)
     arms = switch.run_arms(trainer, workdir, switch_step=at, scopes=trained, pace=recipe.pace())
     study_run.finish(
-        workdir, setup, trainer, study_run.switched(arms, rounded), preset=recipe.PRESET.value
+        workdir, setup, trainer, study_run.switched(arms, rounded), preset=flags.FLAGS.preset
     )
 
 

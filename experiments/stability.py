@@ -12,8 +12,7 @@ from absl import flags
 
 from v4jax.training import command, recipe
 
-flags.adopt_module_key_flags(recipe)
-recipe.defaults(
+recipe.define(
     steps=500, batch_size=4, sequence_length=128, eval_windows=768, log_every=1, save_every=20,
     learning_rate=5e-3, decay_start=0.8, delay_steps=8, active_steps=100,
 )  # fmt: skip
@@ -35,7 +34,7 @@ def runs():
 def configured(config, arm: str):
     """The configuration of an arm."""
     stability, model = config.stability, config.model
-    if recipe.QUICK.value:  # too few steps to tell a spike from a beginning
+    if flags.FLAGS.quick:  # too few steps to tell a spike from a beginning
         first = SHOCK_AT.value if arm == "anticipate" else None
         stability = dataclasses.replace(stability, anticipate_from=first)
     elif arm in ("rollback", "anticipate"):
@@ -51,11 +50,11 @@ def main():
     from v4jax.analysis import disturbance, study_run
     from v4jax.training.run import train
 
-    if SHOCK_AT.value + SHOCK_STEPS.value >= recipe.STEPS.value:
+    if SHOCK_AT.value + SHOCK_STEPS.value >= flags.FLAGS.steps:
         raise ValueError(f"--shock_at={SHOCK_AT.value}: allowed: so that it ends before --steps")
     command.check_among("arms", ARMS)
     workdir, setup = recipe.start(), recipe.prepare()
-    config, arms = setup.configure(recipe.SEED.value), {}
+    config, arms = setup.configure(flags.FLAGS.seed), {}
     for name in CHOSEN.value:
         trainer = setup.trainer(configured(config, name))
         if name != "undisturbed":
@@ -63,7 +62,7 @@ def main():
             vocabulary = config.model.vocab_size
             trainer.rows = disturbance.disturbed(trainer.rows, first, count, vocabulary)
         folder = workdir / name.replace(" ", "_")
-        state = train(trainer, folder, stop=recipe.STEPS.value, pace=recipe.pace())
+        state = train(trainer, folder, stop=flags.FLAGS.steps, pace=recipe.pace())
         numbers = disturbance.numbers(folder, SHOCK_AT.value, SHOCK_STEPS.value)
         arms[name] = study_run.Arm(state, numbers=numbers)
     study_run.finish(workdir, setup, trainer, arms)

@@ -168,22 +168,13 @@ def test_importing_every_module_touches_no_device():
     """
     modules = [module_name(path) for path in sources() if "notebooks" not in path.parts]
     program = f"""
-import importlib, json, sys
+import importlib, json
 from absl import flags
-import v4jax.training
-shared = "v4jax.training.recipe"
-
-def forget_flags(name):  # an experiment is a program, with flags of its own
-    for flag in flags.FLAGS.get_flags_for_module(name):
-        delattr(flags.FLAGS, flag.name)
-
 for name in {modules!r}:
     importlib.import_module(name)
-    if name.startswith("experiments.") or name == shared:
-        forget_flags(name)
-    if sys.modules.pop(shared, None) and hasattr(v4jax.training, "recipe"):
-        forget_flags(shared)
-        del v4jax.training.recipe
+    if name.startswith("experiments."):  # a program each, with flags of its own
+        for flag in flags.FLAGS.get_flags_for_module(name):
+            delattr(flags.FLAGS, flag.name)
 from jax._src import xla_bridge
 print(json.dumps(xla_bridge.backends_are_initialized()))
 """

@@ -13,10 +13,14 @@ from absl import flags
 from v4jax.training import recipe
 F = flags.FLAGS
 
-def configured(*arguments, **defaults):
-    recipe.defaults(**defaults)
-    F.unparse_flags()
+def parse(*arguments, **defaults):
+    for flag in F.get_flags_for_module("__main__"):
+        delattr(F, flag.name)
+    recipe.define(**defaults)
     F(["program", "--workdir=w", *arguments])
+
+def configured(*arguments, **defaults):
+    parse(*arguments, **defaults)
     try:
         return recipe.configure(512, "hash", 3).to_dict()
     except ValueError as error:
@@ -33,9 +37,7 @@ shown = [
     configured("--index_weight=0"),
     configured("--warmup=0.9"),
 ]
-recipe.defaults()
-F.unparse_flags()
-F(["program", "--workdir=w", "--quick", "--steps=7"])
+parse("--quick", "--steps=7")
 recipe.shrink({"steps": 4, "batch_size": 2})
 shown.append([F.steps, F.batch_size])
 print(json.dumps(shown))
@@ -57,7 +59,7 @@ def test_configurations_and_defaults():
     kept = {name: plain["schedule"][name] for name in ("indexer_warmup", "index_start", "lengths")}
     assert json.dumps(kept) == '{"indexer_warmup": 0, "index_start": 0, "lengths": []}'
     assert (small["schedule"]["total_steps"], small["model"]["hidden_size"]) == (50, 64)
-    # An experiment's defaults do not stay for the next one in the same process.
+    # The flags are of the experiment that defines them: another defines them anew.
     assert (other["schedule"]["total_steps"], other["model"]["hidden_size"]) == (30, 128)
     schedule, optimizer = full["schedule"], full["optimizer"]
     assert schedule["lengths"] == [[0, 64], [0.5, 256]] and schedule["decay_end"] == 0.9

@@ -8,7 +8,7 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from v4jax.quantization import NO_QUANTIZATION, Quantization
 from v4jax.training.files import write_whole
 from v4jax.training.machine import environment
 from v4jax.training.metrics import read_metrics
-from v4jax.training.recipe import Setup
 from v4jax.training.step import TrainState
 from v4jax.training.switch import Arms
 from v4jax.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from v4jax.training.recipe import Setup
 
 
 @dataclasses.dataclass(frozen=True)
