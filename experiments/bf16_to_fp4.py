@@ -46,7 +46,7 @@ PREEMPTIBLE = flags.DEFINE_bool(
 EVAL_WINDOWS = integer("eval_windows", 2048, "[run] At most so many held-out windows.", 1)
 
 DATA = string(
-    "data", None, "[data] Text, JSONL or Parquet, file or folder. Default: your Python's."
+    "data", None, "[data] Text, JSONL, Parquet, folder; task:recall; default: your Python's."
 )
 TOKENIZER = string("tokenizer", "bpe", "[data] bpe, bytes, or the path of a tokenizer.json.")
 VOCAB_SIZE = integer("vocab_size", 2048, "[data] Entries of the BPE.", 257)
