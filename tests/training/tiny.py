@@ -98,6 +98,7 @@ class QuickEvaluator(Evaluator):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._nll = quick_jit(self._batch_nll, static_argnums=(0, 1))
+        self._tokens = quick_jit(self._batch_tokens, static_argnums=(0, 1))
         self._collect = quick_jit(self._batch_collect, static_argnums=0)
 
 

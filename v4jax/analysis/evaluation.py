@@ -26,6 +26,7 @@ class Evaluator:
     def __init__(self, program: Program, windows: EvalWindows, batch_size: int):
         self.program, self.windows, self.batch_size = program, windows, batch_size
         self._nll = jax.jit(self._batch_nll, static_argnums=(0, 1))
+        self._tokens = jax.jit(self._batch_tokens, static_argnums=(0, 1))
         self._collect = jax.jit(self._batch_collect, static_argnums=0)
 
     def _batches(self, count: int | None):
@@ -74,6 +75,31 @@ class Evaluator:
             for tokens, mask, real in self._batches(count)
         ]
         return np.concatenate(sums)
+
+    def _batch_tokens(self, index, dense_index, params, variables, tokens):
+        model = self.program.bind(params, variables, index)
+        logits = model(tokens[:, :-1], dense_index=dense_index).logits
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return nll, jnp.argmax(logits, axis=-1) == tokens[:, 1:]
+
+    def tokens(
+        self,
+        params,
+        variables,
+        quantization: Quantization = NO_QUANTIZATION,
+        dense_index: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Nats of every target, float64 [W, T], and whether it was the likeliest, bool [W, T].
+
+        Targets that do not count are there too: see the windows' mask. As `nll` otherwise.
+        """
+        rounded, index = self._rounded(params, quantization)
+        parts = [
+            [np.asarray(x)[:real] for x in self._tokens(index, dense_index, rounded, variables, t)]
+            for t, _, real in self._batches(None)
+        ]
+        nll, right = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return nll.astype(np.float64), right
 
     def _batch_collect(self, index, params, variables, tokens):
         out = self.program.bind(params, variables, index)(tokens[:, :-1], collect=True)

@@ -1,4 +1,4 @@
-"""Documents to train on: local files, or the Python standard library when none are named.
+"""Documents to train on: local files, the Python standard library when none are named, or tasks.
 
 A document is a (name, text) pair. Names are unique paths relative to what was given (with the line
 or row inside JSONL and Parquet), so that moving a folder changes neither the hash nor the split.
@@ -16,6 +16,8 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from v4jax.training import tasks
 
 Document = tuple[str, str]
 
@@ -64,7 +66,7 @@ class Corpus:
 
 
 def load_corpus(data: str | None = None) -> Corpus:
-    """Reads `data`: a text, JSONL or Parquet file, a folder of these, or None.
+    """Reads `data`: a text, JSONL or Parquet file, a folder of these, "task:..." or None.
 
     None is the embedded default, the source text of this Python's standard library without its
     tests. `.jsonl` files hold one object a line with the text under "text", `.parquet` files a
@@ -72,11 +74,14 @@ def load_corpus(data: str | None = None) -> Corpus:
     sorted by path, without hidden files. A file that is a single document is cut at line ends into
     parts of about 16 KiB, because one document could not be split into training and held-out.
     Files that are not UTF-8 text (or hold NUL bytes) and empty documents are left out; the former
-    are counted.
+    are counted. "task:recall" and the like are generated (`v4jax.training.tasks`).
 
     Raises ValueError with one line when `data` does not exist, holds no document, or a JSONL or
     Parquet file is not as described.
     """
+    if data is not None and data.startswith(tasks.PREFIX):
+        task = tasks.parse(data)
+        return Corpus(tasks.documents(task), task.spec)
     if data is None:
         root = Path(sysconfig.get_path("stdlib"))
         names = [name for name in _walk(root, _STDLIB_EXCLUDED) if _in_default_corpus(name)]

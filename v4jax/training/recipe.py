@@ -47,9 +47,7 @@ def _of_the_run() -> None:
     integer("seed", 0, "[run] Initialisation, data order, hash tables.", 0)
     integer("save_every", 100, "[run] Steps between checkpoints.", 1)
     integer("log_every", 10, "[run] Steps between lines of metrics.jsonl.", 1)
-    integer(
-        "probe_every", 0, "[run] Steps between looks at gradients through FP4: two steps each.", 0
-    )
+    integer("probe_every", 0, "[run] Steps between looks at gradients through FP4.", 0)
     flags.DEFINE_list("trackers", "", "[run] Of wandb, mlflow: beside TensorBoard.")
     string("profile_steps", None, "[run] 10:15 traces steps 10 to 14 of each phase with them.")
     string("mesh", None, "[devices] data=2,fsdp=4: copies, and parts of the parameters.")
@@ -61,7 +59,9 @@ def _of_the_run() -> None:
     )
     integer("eval_windows", 2048, "[run] At most so many held-out windows.", 1)
 
-    string("data", None, "[data] Text, JSONL or Parquet, file or folder. Default: your Python's.")
+    string(
+        "data", None, "[data] Text, JSONL, Parquet, folder; task:recall; default: your Python's."
+    )
     string("tokenizer", "bpe", "[data] bpe, bytes, or the path of a tokenizer.json.")
     integer("vocab_size", 2048, "[data] Entries of the BPE.", 257)
     integer("sequence_length", 256, "[data] Tokens a row.", 2)
