@@ -18,7 +18,7 @@ from v4jax.layers.attention import Attention
 from v4jax.layers.context import make_context
 from v4jax.layers.kept_mass import QUERIES, kept_mass
 
-LENGTH, RATE, TOP_K, WINDOW = 40, 4, 3, 8
+LENGTH, RATE, TOP_K, WINDOW = 40, 4, 3, 20  # windows that reach beyond a sample
 MODEL = tiny.model(num_attention_heads=4, sliding_window=WINDOW, index_topk=TOP_K)
 
 
