@@ -73,7 +73,7 @@ def main():
             of.remedies, state.params, resolve(formats, state.params), memory
         )
         numbers = study_run.last_metrics(folder, "fp4/", ("oscillating_often", "flipped"))
-        arms[name] = study_run.Arm(state._replace(params=params), formats, numbers)
+        arms[name] = study_run.Arm(state._replace(params=params), formats, numbers=numbers)
     study_run.finish(workdir, setup, trainer, arms)
 
 

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """Weights, and what the forward pass rounds them to. numbers: more to tell of it."""
+    """Weights, and what the forward pass rounds them to. numbers: more to tell of it. dense_index:
+    it attends to every visible entry."""
 
     state: TrainState
     quantization: Quantization = NO_QUANTIZATION
+    dense_index: bool = False
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -59,7 +61,9 @@ def finish(
         params, variables = arm.state.params, arm.state.variables
         if setup.mesh is not None:
             params, variables = parallel.on_one_device((params, variables))
-        losses[name] = evaluator.nll(params, variables, arm.quantization)
+        losses[name] = evaluator.nll(
+            params, variables, arm.quantization, dense_index=arm.dense_index
+        )
         distributed.say(f"{name}: {per_token(losses[name], windows):.4f} nats a token, held out")
     if not distributed.is_main():
         return

@@ -29,7 +29,7 @@ from v4jax.training.observe import Pace
 from v4jax.training.run import Branch, read_run_config, train
 from v4jax.training.run_config import check_config, read_config, same_source, write_atomically
 from v4jax.training.schedule import phase
-from v4jax.training.stages import check_switch
+from v4jax.training.stages import check_switch, rows_before
 from v4jax.training.step import TrainState
 from v4jax.training.trainer import Trainer
 
@@ -149,6 +149,8 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
     parent, mine = read_run_config(branch.folder), trainer.config
     names = ("data", "sequence_length", "batch_size", "seed")
     pairs = {name: (getattr(parent, name), getattr(mine, name)) for name in names}
+    taken = (rows_before(c.schedule, c.batch_size, branch.step) for c in (parent, mine))
+    pairs["rows of data taken by then (batch_sizes)"] = tuple(taken)
     for field in dataclasses.fields(mine.model):
         pairs[f"model.{field.name}"] = (
             getattr(parent.model, field.name),

@@ -70,9 +70,8 @@ class Trainer:
     ):
         parallel.check_rows(mesh, config.batch_size)
         sizes = config.schedule, config.sequence_length, config.batch_size
-        check_stages(
-            *sizes, index_weight=config.objective.index, devices=1 if mesh is None else mesh.size
-        )
+        learns = config.objective.index if config.optimizer.train_indexer else 0.0
+        check_stages(*sizes, index_weight=learns, devices=1 if mesh is None else mesh.size)
         self.stages = stages(*sizes)
         self.config, self.rows, self.tokenizer, self.mesh = config, rows, tokenizer, mesh
         self._counts = token_counts
