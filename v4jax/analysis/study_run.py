@@ -87,7 +87,8 @@ def finish(
     known["numbers"] = {name: dict(arm.numbers) for name, arm in arms.items() if arm.numbers}
     kept = {f"arm {name}": nll for name, nll in losses.items()}
     content = io.BytesIO()
-    np.savez_compressed(content, **kept, document=windows.document, tokens=windows.mask.sum(axis=1))
+    kept |= {"document": windows.document, "tokens": windows.mask.sum(axis=1)}
+    np.savez_compressed(content, **kept)  # type: ignore[arg-type]
     write_whole(workdir / "losses.npz", content.getvalue())
     write_whole(workdir / "study.json", json.dumps(known, indent=1).encode())
     numbers = {f"{name} loss": per_token(nll, windows) for name, nll in losses.items()}

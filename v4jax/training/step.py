@@ -148,9 +148,11 @@ def make_loss(program: Program, config: RunConfig, *, only_indexer: bool = False
         index = resolve(config.quantization, params).index
         dense = now.dense if schedule.sparse_from else False  # static: compiled once
         inputs = tokens[:, :-1], segment_ids[:, :-1]
-        options = {"dense_index": only_indexer or dense}
-        out = program.bind(params, variables, index)(*inputs, routes=routes, **options)
-        taught = None if parent is None else program.bind(*parent)(*inputs, **options).logits
+        dense = only_indexer or dense
+        out = program.bind(params, variables, index)(*inputs, dense_index=dense, routes=routes)
+        taught = None
+        if parent is not None:
+            taught = program.bind(*parent)(*inputs, dense_index=dense).logits
         found = losses(out, tokens, segment_ids, taught)
         if only_indexer:
             return objective.index * found["index_loss"], (found, out.aux)
