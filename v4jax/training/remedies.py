@@ -234,12 +234,14 @@ def metrics(memory: Memory) -> dict[str, Array]:
         "frozen": lambda path: memory["frozen"][path],
     }
     source = dict(zip(shares, ("frequency", "far", "frozen"), strict=True))
-    found, sizes = {}, {}
+    found: dict[str, Array] = {}
+    sizes: dict[str, int] = {}
     for name, share in shares.items():
         for path in memory.get(source[name], ()):
             key = f"fp4/{weight_health.part_of(path)}/{name}"
             size = memory["direction"][path].size
-            found[key] = found.get(key, 0.0) + size * jnp.mean(share(path), dtype=jnp.float32)
+            counted = size * jnp.mean(share(path), dtype=jnp.float32)
+            found[key] = found[key] + counted if key in found else counted
             sizes[key] = sizes.get(key, 0) + size
     return {key: total / sizes[key] for key, total in found.items()}
 

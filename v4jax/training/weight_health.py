@@ -139,7 +139,8 @@ class Watch:
             alike.setdefault((part_of(path), fmt, before[path].shape), []).append(path)
         sums: dict[str, dict[str, Array]] = {}
         for (part, fmt, _), paths in alike.items():
-            found = count(*(jnp.stack([x[p] for p in paths]) for x in (before, after)), fmt)
+            was, now = (jnp.stack([x[path] for path in paths]) for x in (before, after))
+            found = count(was, now, fmt)
             known = sums.get(part)
             sums[part] = found if known is None else jax.tree.map(jnp.add, known, found)
         return {
