@@ -130,11 +130,9 @@ def rounded(
     (seed, step, path) alone.
     """
     if config.rounding == "stochastic":
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        uniform = _uniform(jax.random.fold_in(jax.random.key(seed), step), fp4(params, resolved))
         return _rounded_by(
-            params,
-            resolved,
-            lambda path, w, fmt: _drawn(jax.random.fold_in(key, _id(path)), w, fmt),
+            params, resolved, lambda path, w, fmt: quantize_stochastically(w, uniform[path], fmt)
         )
     return deployed(config, params, resolved, memory)
 
@@ -226,7 +224,7 @@ def metrics(memory: Memory) -> dict[str, Array]:
     """{"fp4/<part>/<name>": float32 []} of what is remembered, by `weight_health.part_of`:
 
     oscillating_often: share of weights whose frequency is above OFTEN. oscillating_far: share that
-    oscillated by their ways in the last whole window. frozen: share. Raises nothing; {} for {}.
+    oscillated by their ways in the last whole window. frozen: share.
     """
     shares = {
         "oscillating_often": lambda path: memory["frequency"][path] > weight_health.OFTEN,
@@ -287,13 +285,20 @@ def _swapped(states: Mapping[str, Oscillation]) -> Memory:
     }
 
 
-def _drawn(key: Array, weight: Array, fmt: Format) -> Array:
-    return quantize_stochastically(weight, jax.random.uniform(key, weight.shape), fmt)
+def _uniform(key: Array, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Numbers in [0, 1) by path, each path's from a key of its own.
 
-
-def _id(path: str) -> int:
-    """The same number in every process."""
-    return zlib.crc32(path.encode())
+    Those of one shape are drawn together, which changes none and compiles sooner.
+    """
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for path, w in weights.items():
+        alike.setdefault(w.shape, []).append(path)
+    found: dict[str, Array] = {}
+    for shape, paths in alike.items():
+        keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(path.encode())) for path in paths])
+        drawn = jax.vmap(lambda key, shape=shape: jax.random.uniform(key, shape))(keys)
+        found |= dict(zip(paths, drawn, strict=True))
+    return found
 
 
 def _held(weight: Array, ema: Array | None, fmt: Format) -> Held:
