@@ -131,6 +131,14 @@ def test_a_probe_of_the_tiny_model():
     assert all(0.2 < float(found[f"fp4/{part}/ste_cosine"]) < 1 for part in parts)
 
 
+def test_a_part_without_a_gradient_has_no_cosine():
+    zero = {MTP: np.zeros((4, 32), np.float32)}
+    found = compare(zero, zero, nested({MTP: np.ones((4, 32), np.float32)}), {MTP: MXFP4})
+    part = {name.removeprefix("fp4/MTP_projections/"): float(x) for name, x in found.items()}
+    assert np.isnan(part["ste_cosine"]) and np.isnan(part["over_noise"])
+    assert (part["grad_norm"], part["zero_gradient"], part["scale_spread"]) == (0, 1, 0)
+
+
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.bits == 4])
 def test_every_fp4_format_can_be_compared(name):
     rng = np.random.default_rng(0)

@@ -208,6 +208,9 @@ def test_stochastic_rounding_is_of_seed_step_and_path_alone():
         lambda params, step, seed: remedies.rounded(config, params, both, {}, step, seed)
     )
     first = draw(params, 5, 0)
+    alone = Resolved({"a/w": MXFP4}, UNROUNDED)  # what else is rounded has no say
+    again = quick_jit(lambda p: remedies.rounded(config, p, alone, {}, 5, 0))(params)
+    assert same_bits(again["a"]["w"], first["a"]["w"])
     assert same_bits(first, draw(params, 5, 0))
     others = [first["a"]["v"], draw(params, 6, 0)["a"]["w"], draw(params, 5, 1)["a"]["w"]]
     for other in others:

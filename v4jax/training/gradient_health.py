@@ -70,7 +70,8 @@ def compare(
 
     ste_cosine: their cosine. grad_norm: of that at the rounded. over_noise: grad_norm over sqrt(3)
     times the norm of their difference, below 1 FP4 training stalls ("FP4 All the Way", arXiv
-    2505.19115). zero_gradient: share of elements whose gradient at the rounded weights is 0.
+    2505.19115); both NaN where there is no gradient at all, as where MTP's loss does not count.
+    zero_gradient: share of elements whose gradient at the rounded weights is 0.
     scale_spread: log2 of the largest ratio of block scales in a 128x128 tile, up to 14 the FP8 path
     is without loss (`numerics.fp8_tiles`); of MXFP4 alone.
     """
@@ -91,11 +92,12 @@ def compare(
     found: Metrics = {}
     for part, of in sums.items():
         norm = jnp.sqrt(of["at_rounded"])
-        both = norm * jnp.sqrt(of["at_master"])
+        both = jnp.maximum(norm * jnp.sqrt(of["at_master"]), 1e-30)
+        noise = jnp.maximum(jnp.sqrt(3 * of["noise"]), 1e-30)
         found |= {
-            f"fp4/{part}/ste_cosine": of["dot"] / jnp.maximum(both, 1e-30),
+            f"fp4/{part}/ste_cosine": jnp.where(norm > 0, of["dot"] / both, jnp.nan),
             f"fp4/{part}/grad_norm": norm,
-            f"fp4/{part}/over_noise": norm / jnp.maximum(jnp.sqrt(3 * of["noise"]), 1e-30),
+            f"fp4/{part}/over_noise": jnp.where(norm > 0, norm / noise, jnp.nan),
             f"fp4/{part}/zero_gradient": of["zero"] / of["elements"],
         }
         if part in spreads:

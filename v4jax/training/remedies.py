@@ -130,11 +130,9 @@ def rounded(
     (seed, step, path) alone.
     """
     if config.rounding == "stochastic":
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        uniform = _uniform(jax.random.fold_in(jax.random.key(seed), step), fp4(params, resolved))
         return _rounded_by(
-            params,
-            resolved,
-            lambda path, w, fmt: _drawn(jax.random.fold_in(key, _id(path)), w, fmt),
+            params, resolved, lambda path, w, fmt: quantize_stochastically(w, uniform[path], fmt)
         )
     return deployed(config, params, resolved, memory)
 
@@ -226,7 +224,7 @@ def metrics(memory: Memory) -> dict[str, Array]:
     """{"fp4/<part>/<name>": float32 []} of what is remembered, by `weight_health.part_of`:
 
     oscillating_often: share of weights whose frequency is above OFTEN. oscillating_far: share that
-    oscillated by their ways in the last whole window. frozen: share. Raises nothing; {} for {}.
+    oscillated by their ways in the last whole window. frozen: share.
     """
     shares = {
         "oscillating_often": lambda path: memory["frequency"][path] > weight_health.OFTEN,
@@ -240,7 +238,12 @@ def metrics(memory: Memory) -> dict[str, Array]:
         for path in memory.get(source[name], ()):
             key = f"fp4/{weight_health.part_of(path)}/{name}"
             size = memory["direction"][path].size
+<<<<<<< HEAD
             found[key] = found.get(key, jnp.zeros(())) + size * jnp.mean(share(path), dtype=jnp.float32)
+=======
+            counted = size * jnp.mean(share(path), dtype=jnp.float32)
+            found[key] = found[key] + counted if key in found else counted
+>>>>>>> 0a7a128cb801307f11fce418c235cac4ad439c8a
             sizes[key] = sizes.get(key, 0) + size
     return {key: total / sizes[key] for key, total in found.items()}
 
@@ -286,13 +289,20 @@ def _swapped(states: Mapping[str, Oscillation]) -> Memory:
     }
 
 
-def _drawn(key: Array, weight: Array, fmt: Format) -> Array:
-    return quantize_stochastically(weight, jax.random.uniform(key, weight.shape), fmt)
+def _uniform(key: Array, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Numbers in [0, 1) by path, each path's from a key of its own.
 
-
-def _id(path: str) -> int:
-    """The same number in every process."""
-    return zlib.crc32(path.encode())
+    Those of one shape are drawn together, which changes none and compiles sooner.
+    """
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for path, w in weights.items():
+        alike.setdefault(w.shape, []).append(path)
+    found: dict[str, Array] = {}
+    for shape, paths in alike.items():
+        keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(path.encode())) for path in paths])
+        drawn = jax.vmap(lambda key, shape=shape: jax.random.uniform(key, shape))(keys)
+        found |= dict(zip(paths, drawn, strict=True))
+    return found
 
 
 def _held(weight: Array, ema: Array | None, fmt: Format) -> Held:

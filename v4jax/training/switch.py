@@ -149,8 +149,8 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
     parent, mine = read_run_config(branch.folder), trainer.config
     names = ("data", "sequence_length", "batch_size", "seed")
     pairs = {name: (getattr(parent, name), getattr(mine, name)) for name in names}
-    taken = (rows_before(c.schedule, c.batch_size, branch.step) for c in (parent, mine))
-    pairs["rows of data taken by then (batch_sizes)"] = tuple(taken)
+    before, now = (rows_before(c.schedule, c.batch_size, branch.step) for c in (parent, mine))
+    pairs["rows of data taken by then (batch_sizes)"] = before, now
     for field in dataclasses.fields(mine.model):
         pairs[f"model.{field.name}"] = (
             getattr(parent.model, field.name),
