@@ -238,12 +238,8 @@ def metrics(memory: Memory) -> dict[str, Array]:
         for path in memory.get(source[name], ()):
             key = f"fp4/{weight_health.part_of(path)}/{name}"
             size = memory["direction"][path].size
-<<<<<<< HEAD
-            found[key] = found.get(key, jnp.zeros(())) + size * jnp.mean(share(path), dtype=jnp.float32)
-=======
             counted = size * jnp.mean(share(path), dtype=jnp.float32)
             found[key] = found[key] + counted if key in found else counted
->>>>>>> 0a7a128cb801307f11fce418c235cac4ad439c8a
             sizes[key] = sizes.get(key, 0) + size
     return {key: total / sizes[key] for key, total in found.items()}
 

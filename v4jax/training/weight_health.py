@@ -139,11 +139,7 @@ class Watch:
             alike.setdefault((part_of(path), fmt, before[path].shape), []).append(path)
         sums: dict[str, dict[str, Array]] = {}
         for (part, fmt, _), paths in alike.items():
-<<<<<<< HEAD
-            was, now = (jnp.stack([x[p] for p in paths]) for x in (before, after))
-=======
             was, now = (jnp.stack([x[path] for path in paths]) for x in (before, after))
->>>>>>> 0a7a128cb801307f11fce418c235cac4ad439c8a
             found = count(was, now, fmt)
             known = sums.get(part)
             sums[part] = found if known is None else jax.tree.map(jnp.add, known, found)
