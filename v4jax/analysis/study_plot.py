@@ -6,8 +6,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullLocator
+
 from v4jax import style
 from v4jax.analysis.figures import Drawing, save_figure, styled
+
+WIDE = 10
+"""Times that the largest x may be the smallest before the axis is logarithmic."""
 
 
 @styled
@@ -42,11 +47,7 @@ def _forest(axes, heading: str, rows: list[Mapping[str, Any]], color: str) -> No
             axes.plot(
                 seeds, [y] * len(seeds), "o", color=style.GREY, markersize=3, fillstyle="none"
             )
-    references = {row["reference"] for row in rows}
-    labels = [
-        row["arm"] if len(references) == 1 else f"{row['arm']} - {row['reference']}" for row in rows
-    ]
-    axes.set_yticks(range(len(rows)), labels)
+    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
@@ -55,6 +56,12 @@ def _forest(axes, heading: str, rows: list[Mapping[str, Any]], color: str) -> No
 
 
 def _curves(axes, curves: Mapping[str, Any]) -> None:
+    every = [point[0] for points in curves["series"].values() for point in points]
+    if every and min(every) > 0 and max(every) > WIDE * min(every):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     for i, (name, points) in enumerate(curves["series"].items()):
         if not points:
             continue
@@ -70,4 +77,4 @@ def _curves(axes, curves: Mapping[str, Any]) -> None:
     axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel(curves["x"])
     axes.set_ylabel("millinats a token")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
