@@ -59,7 +59,8 @@ def report(workdir):
     losses = study.read(workdir, label)
     cells = {label(what): what for what in losses.runs}
     scopes = list(dict.fromkeys(arm.split()[-1] for arm in losses.arms if " qat " in arm))
-    sections, claims, series = {}, [], {}
+    sections, claims = {}, []
+    series: dict[str, list[tuple[float, str, str]]] = {}
     for scope in scopes:
         pairs = {kind: [f"{cell} {kind} {scope}" for cell in cells] for kind in ("ptq", "qat")}
         control = [f"{cell} control" for cell in cells]

@@ -61,6 +61,7 @@ def test_a_study_is_short_and_its_plan_is_whole(name, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_wrong_arms_end_in_one_line(tmp_path):
     for name, flag, what in (
         ("quantize_what", "--rounded=all.mxfp4", "--rounded: 'all.mxfp4': unknown scope, allowed:"),

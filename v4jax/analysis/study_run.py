@@ -81,7 +81,7 @@ def finish(
     }
     known |= environment() | {"seconds": time.perf_counter() - setup.began} | what
     known["numbers"] = {name: dict(arm.numbers) for name, arm in arms.items() if arm.numbers}
-    kept = {f"arm {name}": nll for name, nll in losses.items()}
+    kept: dict[str, Any] = {f"arm {name}": nll for name, nll in losses.items()}
     content = io.BytesIO()
     np.savez_compressed(content, **kept, document=windows.document, tokens=windows.mask.sum(axis=1))
     write_whole(workdir / "losses.npz", content.getvalue())
