@@ -160,9 +160,12 @@ def factor(step):
 # ---- The straightforward reference, float64, one matrix at a time ----
 
 
-def reference_orthogonal(x):
+HYBRID = [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2
+
+
+def reference_orthogonal(x, rows=HYBRID):
     x = x / np.linalg.norm(x)
-    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2:
+    for a, b, c in rows:
         gram = x @ x.T
         x = a * x + b * gram @ x + c * gram @ gram @ x
     return x
@@ -199,10 +202,10 @@ def reference_clip(flat):
     return {path: g / max(norm, 1.0) for path, g in flat.items()}
 
 
-def train(params, gradients, config, schedule=factor, state=None):
+def train(params, gradients, config, schedule=factor, state=None, **options):
     """`len(gradients)` updates under jit. Returns (flat params, state)."""
     params = nest({path: jnp.asarray(p) for path, p in params.items()})
-    tx = build_optimizer(params, MODEL, config, schedule)
+    tx = build_optimizer(params, MODEL, config, schedule, **options)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, grads):
@@ -605,6 +608,9 @@ def test_bfloat16_parameters_keep_their_dtype_and_float32_state():
         ("update_rms", True),
         ("ns_dtype", "float16"),
         ("matrices", "sgd"),
+        ("indexer_learning_rate", 0.0),
+        ("clip", "leaf"),
+        ("newton_schulz", "ten"),
     ],
 )
 def test_bad_values_end_in_one_line_that_names_the_field(field, value):

@@ -1,10 +1,13 @@
 """config.json: written whole, compared field by field, hashed."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+from tests.training import tiny
+from v4jax.training.run import read_run_config
 from v4jax.training.run_config import check_config, config_hash, read_config, write_config
 
 CONFIG = {"model": {"hidden_size": 64, "layers": ("csa", "hca")}, "seed": 0, "data": None}
@@ -64,3 +67,40 @@ def test_the_hash_is_of_the_json_value_only():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == known
+
+
+def test_a_run_of_format_2_is_read_as_what_it_was(tmp_path):
+    """As the second format had it, but for what a third one renames or adds."""
+    config = tiny.config("data")
+    old = json.loads(json.dumps(config.to_dict()))
+    old = {name: old[name] for name in FORMAT_2} | {
+        name: {field: old[name][field] for field in fields}
+        for name, fields in FORMAT_2.items()
+        if fields
+    }
+    old["schedule"]["dense_steps"] = config.schedule.dense_until
+    (tmp_path / "config.json").write_text(json.dumps({"format": 2, "config": old}))
+    assert read_run_config(tmp_path) == config
+    assert check_config(tmp_path, config.to_dict())
+
+
+# The fields of a run's configuration, and of what is in it, in format 2; () is all there are.
+FORMAT_2: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "schedule": (
+        *("total_steps", "warmup_steps", "decay_start", "final_fraction"),
+        *("mtp_weight", "mtp_weight_decayed"),
+    ),
+    "optimizer": (
+        *("learning_rate", "weight_decay", "momentum", "update_rms", "b1", "b2", "eps"),
+        *("clip_norm", "ns_dtype", "matrices", "train_indexer", "train_mtp"),
+    ),
+    "objective": ("balance", "index", "bias_speed"),
+    "sequence_length": (),
+    "batch_size": (),
+    "seed": (),
+    "data": (),
+    "compute_dtype": (),
+    "quantization": (),
+    "parent": (),
+}

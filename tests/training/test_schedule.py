@@ -69,13 +69,23 @@ def test_traced_step_gives_the_same_bits_with_one_compilation():
 
 
 def test_fractions_are_of_the_total():
-    config = ScheduleConfig(total_steps=200, warmup_steps=0.02, decay_start=0.7, dense_until=0.1)
+    config = ScheduleConfig(
+        total_steps=200,
+        warmup_steps=0.02,
+        decay_start=0.7,
+        dense_until=0.1,
+        lengths=((0, 4), (0.1, 8)),
+    )
     names = ("warmup_steps", "decay_start", "dense_until")
     assert [config.resolve(name) for name in names] == [4, 140, 20]
     assert resolve_steps("qat_start", 1, 200) == 1  # a step
     assert resolve_steps("qat_start", 1.0, 200) == 200  # a fraction
     stored = ScheduleConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
-    assert stored == config and [stored.resolve(name) for name in names] == [4, 140, 20]
+    assert (
+        stored == config
+        and hash(stored) == hash(config)
+        and [stored.resolve(name) for name in names] == [4, 140, 20]
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,26 @@ def test_fractions_are_of_the_total():
         ("warmup_steps", 13),
         ("decay_start", 1.5),
         ("decay_start", "0.7"),
+        ("decay_start", 21),
+        ("decay_end", 11),
+        ("decay_end", 21),
         ("dense_until", True),
+        ("dense_until", 21),
+        ("index_start", 7),  # dense_until is 6
+        ("indexer_warmup", 7),  # decay_start is 12
+        ("indexer_warmup", -1),
+        ("lengths", 4),
+        ("lengths", (4, 8)),
+        ("lengths", ((1, 4),)),
+        ("lengths", ((0, 4), (0, 8))),
+        ("lengths", ((0, 4), (0.01, 8))),  # a fifth of a step
+        ("lengths", ((0, 4), (20, 8))),
+        ("lengths", ((0, 4), (1.5, 8))),
+        ("lengths", ((0, 4), (2, 4))),
+        ("lengths", ((0, 8), (2, 4))),
+        ("lengths", ((0, 4.0),)),
+        ("batch_sizes", ((0, 0), (3, 4))),
+        ("batch_sizes", ((0, True),)),
         ("final_fraction", 1.1),
         ("mtp_weight", -0.1),
         ("mtp_weight_decayed", float("nan")),
@@ -99,3 +128,36 @@ def test_bad_values_end_in_one_line_that_names_the_field(field, value):
     ) as error:
         dataclasses.replace(CONFIG, **{field: value})
     assert "\n" not in str(error.value)
+
+
+def test_phases_that_overlap_end_in_one_line_that_says_where_they_may_be():
+    warm = dataclasses.replace(CONFIG, indexer_warmup=6)
+    assert (warm.resolve("dense_until"), warm.sparse_from, CONFIG.sparse_from) == (6, 12, 6)
+    for field, value, line in (
+        (
+            "warmup_steps",
+            7,
+            "ScheduleConfig.warmup_steps (--warmup): got 7, allowed: <= dense_until (6): "
+            "indexer_warmup begins there",
+        ),
+        (
+            "decay_start",
+            0.55,
+            "ScheduleConfig.indexer_warmup (--indexer_warmup): got 6, allowed: at most the 5 "
+            "steps from dense_until (6) to decay_start (0.55)",
+        ),
+        (
+            "index_start",
+            0.5,
+            "ScheduleConfig.index_start (--index_start): got 0.5, allowed: <= dense_until (6)",
+        ),
+        (
+            "warmup_steps",
+            30,
+            "ScheduleConfig.warmup_steps (--warmup): got 30, allowed: at most the 20 steps of the "
+            "run",
+        ),
+    ):
+        with pytest.raises(ValueError) as error:
+            dataclasses.replace(warm, **{field: value})
+        assert str(error.value) == line

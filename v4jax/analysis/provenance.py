@@ -14,6 +14,7 @@ from v4jax.training.corpus import Corpus
 from v4jax.training.data import Dataset, EvalWindows
 from v4jax.training.machine import environment
 from v4jax.training.metrics import table
+from v4jax.training.stages import rows_before
 from v4jax.training.step import TrainState
 from v4jax.training.switch import Arms
 from v4jax.training.trainer import RunConfig, Trainer
@@ -27,7 +28,7 @@ def parameters(trainer: Trainer) -> int:
 def describe(trainer: Trainer, dataset: Dataset) -> str:
     """What is about to run: model, training, where the indexer has no choice, FLOPs, bytes."""
     config, env = trainer.config, environment()
-    tokens = config.batch_size * config.sequence_length * config.schedule.total_steps
+    tokens = _tokens(config)
     entries = config.sequence_length // config.model.compress_rates.compressed_sparse_attention
     idle = CSA in config.model.layer_types and entries <= config.model.index_topk
     note = f"\nnote: rows hold {entries} CSA entries, index_topk is {config.model.index_topk}: all "
@@ -43,6 +44,12 @@ def describe(trainer: Trainer, dataset: Dataset) -> str:
         + f"\n{flops.describe(config.model, config.sequence_length, config.compute_dtype)}\n"
         + bytes_by_part(trainer.abstract_state())
     )
+
+
+def _tokens(config: RunConfig) -> int:
+    """Tokens of all of a run's steps."""
+    total = config.schedule.total_steps
+    return config.sequence_length * rows_before(config.schedule, config.batch_size, total)
 
 
 def bytes_by_part(state: TrainState) -> str:
@@ -78,7 +85,7 @@ def what(trainer: Trainer, arms: Arms, windows: EvalWindows, corpus: Corpus) -> 
         "parameters": parameters(trainer),
         "steps": total,
         "switch_step": arms.branch.step,
-        "tokens": total * config.batch_size * config.sequence_length,
+        "tokens": _tokens(config),
         "batch_size": config.batch_size,
         "sequence_length": config.sequence_length,
         "learning_rate": config.optimizer.learning_rate,

@@ -291,7 +291,8 @@ def build_optimizer(
     def adamw_update(grads, state, step):
         """Bias is corrected by how often a leaf was updated: the indexer's since its loss counts,
         the others' by the state's count, which an indexer's warm-up leaves alone."""
-        directions, mu, nu = {}, state.mu, state.nu
+        mu, nu = state.mu, state.nu
+        directions: dict[str, jax.Array] = {}
         counts = {True: jnp.maximum(step - index_start, 0), False: state.count}
         for indexer, count in counts.items():
             some = of(grads, ADAMW, indexer)

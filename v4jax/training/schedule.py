@@ -76,7 +76,8 @@ class ScheduleConfig:
     def _require_order(self):
         """Phases follow each other."""
         self._require_at_most("warmup_steps", "decay_start")
-        self._require_at_most("decay_start", "decay_end")
+        later = self.resolve("decay_end") >= self.resolve("decay_start")
+        self._require("decay_end", later, f">= decay_start ({self.decay_start!r})")
         self._require_at_most("index_start", "dense_until")
         if not self.resolve("indexer_warmup"):
             return
