@@ -326,3 +326,23 @@ def test_quantizations_are_static_data():
     assert hash(PAPER) == hash(Quantization(PAPER.rules)) and PAPER != ALL_LINEARS
     assert dataclasses.asdict(PAPER) == {"rules": PAPER.rules}
     assert functools.cache(lambda q: q)(PAPER) is PAPER
+
+
+def test_a_rule_of_none_opts_out_and_is_shown():
+    """The first rule that matches wins, so it stands before those that would take the tensor."""
+    params = shapes(presets.nano())
+    plain, path = resolve(PAPER, params), "layers/0/mlp/experts/down_proj"
+    some = PAPER.without("layers/0/.*", "activations/index_key")
+    assert some.rules[:2] == (("layers/0/.*", "none"), ("activations/index_key", "none"))
+    resolved = resolve(some, params)
+    taken = set(plain.weights) - set(resolved.weights)
+    assert taken == {p for p in plain.weights if p.startswith("layers/0/")} and path in taken
+    assert resolved.index == IndexFormats(query=MXFP4)
+    assert set(resolved.opted_out) == taken | {"activations/index_key"}
+    rows = {row[0]: row[1:] for row in table(resolved, params)}
+    size = 2 * int(np.prod(flat_paths(params)[path].shape))
+    assert rows[path] == ("x".join(map(str, flat_paths(params)[path].shape)), "none", size, size)
+    assert rows["activations/index_key"] == ("", "none", 0, 0)
+    assert rows["layers/1/mlp/experts/down_proj"][1] == "mxfp4"
+    after = resolve(Quantization((*PAPER.rules, (".*/self_attn/.*", "none"))), params)
+    assert after == plain

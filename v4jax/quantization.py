@@ -76,7 +76,7 @@ BF16_INDEX_SCORES = ("activations/index_scores", "bf16")
 class Resolved:
     """A quantization over one model: parameter path -> format, and the indexer's formats.
 
-    opted_out: sites that the rules name and leave as they are.
+    opted_out: sites that a rule keeps from a later one.
     """
 
     weights: Mapping[str, Format]
@@ -104,11 +104,12 @@ def resolve(quantization: Quantization, params) -> Resolved:
             shapes |= dict.fromkeys(ACTIVATIONS, leaf.shape[-1:])
     chosen, used = {}, set()
     for site in shapes:
-        for pattern, name in quantization.rules:
-            if re.fullmatch(pattern, site):
+        matching = [rule for rule in quantization.rules if re.fullmatch(rule[0], site)]
+        if matching:
+            pattern, name = matching[0]
+            used.add(pattern)
+            if name != OPTED_OUT or len(matching) > 1:
                 chosen[site] = _format(pattern, name, site)
-                used.add(pattern)
-                break
     for pattern, _ in quantization.rules:
         if pattern not in used:
             raise ValueError(f"Quantization.rules: pattern {pattern!r} matches no tensor")

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.numerics import FORMATS, MXFP4, MXFP4_FLOOR, NVFP4, fake_quantize
+from v4jax.numerics import (
+    FORMATS,
+    MXFP4,
+    MXFP4_FLOOR,
+    NVFP4,
+    dequantize,
+    fake_quantize,
+    take_apart,
+)
 from v4jax.numerics import quantize as encode
 from v4jax.numerics import quantize_stochastically as draw
 from v4jax.numerics import quantize_toward as toward
@@ -77,3 +85,16 @@ def test_a_poisoned_block_stays_poisoned(bad):
     w[2, 3] = bad
     for found in (toward(w, np.ones_like(w), MXFP4), draw(w, np.full_like(w, 0.5), MXFP4)):
         assert np.isnan(found[2, :32]).all() and np.isfinite(np.delete(found, 2, 0)).all()
+
+
+@pytest.mark.parametrize("fmt", FP4, ids=lambda fmt: fmt.name)
+def test_what_is_taken_apart_is_what_is_stored(fmt):
+    w = weights(4)
+    element, scale, product = jax.jit(take_apart, static_argnums=1)(w, fmt)
+    q = encode(jnp.asarray(w), fmt)
+    np.testing.assert_array_equal(element, np.asarray(q.values, np.float32))
+    whole = np.repeat(np.asarray(q.scales, np.float32), fmt.tile[-1], axis=-1)
+    if q.tensor_scale is not None:
+        whole = whole * np.asarray(q.tensor_scale)
+    np.testing.assert_array_equal(scale, whole)
+    assert np.asarray(product).tobytes() == np.asarray(dequantize(q)).tobytes()

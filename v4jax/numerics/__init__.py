@@ -23,6 +23,7 @@ from v4jax.numerics.quantize import (
     quantize,
     quantize_stochastically,
     quantize_toward,
+    take_apart,
 )
 from v4jax.numerics.scales import PowerOfTwo, TwoLevel
 from v4jax.numerics.storage import Packed, Quantized, bytes_of, pack, unpack
@@ -52,5 +53,6 @@ __all__ = [
     "quantize",
     "quantize_stochastically",
     "quantize_toward",
+    "take_apart",
     "unpack",
 ]

@@ -65,6 +65,18 @@ def _straight_through(fmt, primals, tangents):
     return fake_quantize(*primals, fmt), *tangents
 
 
+def take_apart(x: Array, fmt: Format) -> tuple[Array, Array, Array]:
+    """(element, scale of its block, their product), float32 [..., n] each, as `quantize` and
+    `dequantize` have them but without storing codes. Not to be differentiated."""
+    sign, magnitude, scales, tensor_scale = _encode(x, fmt)
+    scale = jnp.broadcast_to(_broadcast(scales, tensor_scale, fmt.tile), sign.shape)
+    product = _join(sign, exact.multiply(magnitude, scale))
+    element, scale, product = (
+        blocks.merge(part, x.shape, fmt.tile) for part in (_join(sign, magnitude), scale, product)
+    )
+    return element, scale, product
+
+
 def quantize_toward(x: Array, target: Array, fmt: Format) -> Array:
     """Each x rounded to that of its two neighbours which is the nearer one to `target`.
 

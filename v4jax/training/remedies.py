@@ -102,7 +102,7 @@ def start(config: RemedyConfig, params: Any, resolved: Resolved) -> Memory:
     weights that oscillated by their ways in the last whole window. frozen (bool), average (float32,
     of the rounded weight): of freezing. ema: float32, of the master.
     """
-    weights = _fp4(params, resolved)
+    weights = fp4(params, resolved)
     if not weights or not config.remembers:
         return {}
     memory: Memory = {"updates": jnp.zeros((), jnp.int32)}
@@ -130,11 +130,9 @@ def rounded(
     (seed, step, path) alone.
     """
     if config.rounding == "stochastic":
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        uniform = _uniform(jax.random.fold_in(jax.random.key(seed), step), fp4(params, resolved))
         return _rounded_by(
-            params,
-            resolved,
-            lambda path, w, fmt: _drawn(jax.random.fold_in(key, _id(path)), w, fmt),
+            params, resolved, lambda path, w, fmt: quantize_stochastically(w, uniform[path], fmt)
         )
     return deployed(config, params, resolved, memory)
 
@@ -162,7 +160,7 @@ def adjusted(
         inside = jnp.abs(w) <= weight_health.LARGEST * weight_health.hold(w, fmt).scale
         return grad + jnp.where(inside, 2 * config.dampening * (w - values[path]), 0)
 
-    return _changed(grads, {path: leaf(path, g) for path, g in _fp4(grads, resolved).items()})
+    return changed(grads, {path: leaf(path, g) for path, g in fp4(grads, resolved).items()})
 
 
 def applied(
@@ -175,7 +173,7 @@ def applied(
     """
     if not memory:
         return after, memory
-    old, new = _fp4(before, resolved), _fp4(after, resolved)
+    old, new = fp4(before, resolved), fp4(after, resolved)
     if config.freeze_above:
         new = {p: jnp.where(memory["frozen"][p], old[p], w) for p, w in new.items()}
     updates = memory["updates"] + 1
@@ -185,7 +183,7 @@ def applied(
         new[path], kept = _applied(config, old[path], new[path], fmt, mine, updates)
         for name, value in kept.items():
             found.setdefault(name, {})[path] = value
-    return _changed(after, new), {"updates": updates, **found}
+    return changed(after, new), {"updates": updates, **found}
 
 
 def _applied(
@@ -226,7 +224,7 @@ def metrics(memory: Memory) -> dict[str, Array]:
     """{"fp4/<part>/<name>": float32 []} of what is remembered, by `weight_health.part_of`:
 
     oscillating_often: share of weights whose frequency is above OFTEN. oscillating_far: share that
-    oscillated by their ways in the last whole window. frozen: share. Raises nothing; {} for {}.
+    oscillated by their ways in the last whole window. frozen: share.
     """
     shares = {
         "oscillating_often": lambda path: memory["frequency"][path] > weight_health.OFTEN,
@@ -234,12 +232,14 @@ def metrics(memory: Memory) -> dict[str, Array]:
         "frozen": lambda path: memory["frozen"][path],
     }
     source = dict(zip(shares, ("frequency", "far", "frozen"), strict=True))
-    found, sizes = {}, {}
+    found: dict[str, Array] = {}
+    sizes: dict[str, int] = {}
     for name, share in shares.items():
         for path in memory.get(source[name], ()):
             key = f"fp4/{weight_health.part_of(path)}/{name}"
             size = memory["direction"][path].size
-            found[key] = found.get(key, 0.0) + size * jnp.mean(share(path), dtype=jnp.float32)
+            counted = size * jnp.mean(share(path), dtype=jnp.float32)
+            found[key] = found[key] + counted if key in found else counted
             sizes[key] = sizes.get(key, 0) + size
     return {key: total / sizes[key] for key, total in found.items()}
 
@@ -251,12 +251,13 @@ def _formats(resolved: Resolved) -> dict[str, Format]:
     return {path: fmt for path, fmt in resolved.weights.items() if fmt.bits == 4}
 
 
-def _fp4(params: Any, resolved: Resolved) -> dict[str, Array]:
+def fp4(params: Any, resolved: Resolved) -> dict[str, Array]:
+    """The weights of FP4 formats by path."""
     flat = flat_paths(params)
     return {path: flat[path] for path in _formats(resolved)}
 
 
-def _changed(params: Any, leaves: Mapping[str, Array]) -> Any:
+def changed(params: Any, leaves: Mapping[str, Array]) -> Any:
     """The tree with the leaves at these paths."""
 
     def leaf(path, x):
@@ -271,9 +272,9 @@ def _rounded_by(
     """`quantize_params`, but FP4 weights by `rule`."""
     formats = _formats(resolved)
     others = {path: fmt for path, fmt in resolved.weights.items() if path not in formats}
-    weights = _fp4(params, resolved)
+    weights = fp4(params, resolved)
     leaves = {path: rule(path, w, formats[path]) for path, w in weights.items()}
-    return _changed(quantize_params(params, others), leaves)
+    return changed(quantize_params(params, others), leaves)
 
 
 def _swapped(states: Mapping[str, Oscillation]) -> Memory:
@@ -284,13 +285,20 @@ def _swapped(states: Mapping[str, Oscillation]) -> Memory:
     }
 
 
-def _drawn(key: Array, weight: Array, fmt: Format) -> Array:
-    return quantize_stochastically(weight, jax.random.uniform(key, weight.shape), fmt)
+def _uniform(key: Array, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Numbers in [0, 1) by path, each path's from a key of its own.
 
-
-def _id(path: str) -> int:
-    """The same number in every process."""
-    return zlib.crc32(path.encode())
+    Those of one shape are drawn together, which changes none and compiles sooner.
+    """
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for path, w in weights.items():
+        alike.setdefault(w.shape, []).append(path)
+    found: dict[str, Array] = {}
+    for shape, paths in alike.items():
+        keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(path.encode())) for path in paths])
+        drawn = jax.vmap(lambda key, shape=shape: jax.random.uniform(key, shape))(keys)
+        found |= dict(zip(paths, drawn, strict=True))
+    return found
 
 
 def _held(weight: Array, ema: Array | None, fmt: Format) -> Held:

@@ -12,6 +12,7 @@ Changes of a block's scale are counted apart: one changes what all of its values
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from v4jax.numerics import Format, blocks, dequantize, quantize
+from v4jax.numerics import Format, take_apart
 from v4jax.quantization import PARTS, Quantization, flat_paths, resolve
 
 BOUNDARIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -52,17 +53,7 @@ def hold(weight: Array, fmt: Format) -> Held:
     """`weight` [..., n] in an FP4 format, all float32. Raises ValueError for another element."""
     if fmt.bits != 4:
         raise ValueError(f"weight_health: {fmt.name} is not an FP4 format")
-    q = quantize(weight, fmt)
-    scale = q.scales.astype(jnp.float32)
-    if q.tensor_scale is not None:
-        scale = scale * q.tensor_scale
-    inner = jnp.expand_dims(scale, blocks.inner_axes(fmt.tile))
-    whole = jnp.broadcast_to(inner, blocks.split(weight, fmt.tile).shape)
-    return Held(
-        q.values.astype(jnp.float32),
-        blocks.merge(whole, weight.shape, fmt.tile),
-        dequantize(q),
-    )
+    return Held(*take_apart(weight, fmt))
 
 
 def count(before: Array, after: Array, fmt: Format) -> dict[str, Array]:
@@ -73,7 +64,7 @@ def count(before: Array, after: Array, fmt: Format) -> dict[str, Array]:
     was, now = hold(before, fmt), hold(after, fmt)
     rescaled = was.scale != now.scale
     ratio = jnp.abs(after) / now.scale
-    nearest = jnp.min(jnp.stack([jnp.abs(ratio - edge) for edge in BOUNDARIES]), axis=0)
+    nearest = functools.reduce(jnp.minimum, [jnp.abs(ratio - edge) for edge in BOUNDARIES])
     bins = bin_width(jnp.abs(was.value)) * was.scale
     found = {
         "elements": jnp.ones(before.shape),
@@ -122,7 +113,7 @@ class Watch:
         resolved = resolve(quantization, params)
         formats = {path: fmt for path, fmt in resolved.weights.items() if fmt.bits == 4}
         self._formats = formats
-        self._copy = jax.jit(lambda params: {p: flat_paths(params)[p] for p in formats})
+        self._copy = jax.jit(self._copied)
         self._measure = jax.jit(self._by_part)
 
     def __bool__(self) -> bool:
@@ -130,18 +121,26 @@ class Watch:
 
     def keep(self, params: Any) -> dict[str, Array]:
         """Copies: a training step gives its parameters away."""
-        return jax.tree.map(jnp.copy, self._copy(params))
+        return self._copy(params)
 
     def measure(self, before: Mapping[str, Array], params: Any) -> dict[str, Array]:
         """By part and name of `shares`, for the update from `before` to `params`."""
         return self._measure(before, params)
 
+    def _copied(self, params: Any) -> dict[str, Array]:
+        flat = flat_paths(params)
+        return {path: jnp.copy(flat[path]) for path in self._formats}
+
     def _by_part(self, before: Mapping[str, Array], params: Any) -> dict[str, Array]:
         after = flat_paths(params)
-        sums: dict[str, dict[str, Array]] = {}
+        # Equal shapes are stacked: a program over each of a hundred weights compiles for minutes.
+        alike: dict[tuple[str, Format, tuple[int, ...]], list[str]] = {}
         for path, fmt in self._formats.items():
-            part = part_of(path)
-            found = count(before[path], after[path], fmt)
+            alike.setdefault((part_of(path), fmt, before[path].shape), []).append(path)
+        sums: dict[str, dict[str, Array]] = {}
+        for (part, fmt, _), paths in alike.items():
+            was, now = (jnp.stack([x[path] for path in paths]) for x in (before, after))
+            found = count(was, now, fmt)
             known = sums.get(part)
             sums[part] = found if known is None else jax.tree.map(jnp.add, known, found)
         return {
@@ -221,20 +220,3 @@ def oscillating(
         "oscillating_often": jnp.mean(state.frequency > frequency, dtype=jnp.float32),
         "oscillating_far": jnp.mean(far(state, ratio), dtype=jnp.float32),
     }
-
-
-def straight_through_cosine(at_rounded: Array, at_master: Array) -> Array:
-    """Cosine, float32 [], of the gradient at the rounded weight, which straight-through training
-    uses, with the gradient at the master."""
-    a, b = (jnp.ravel(x).astype(jnp.float32) for x in (at_rounded, at_master))
-    return jnp.vdot(a, b) / jnp.maximum(jnp.linalg.norm(a) * jnp.linalg.norm(b), 1e-30)
-
-
-def over_noise(at_rounded: Array, at_master: Array) -> Array:
-    """Norm of the gradient over sqrt(3) times the norm of what rounding adds to it, float32 [].
-
-    Below 1, training on rounded weights no longer helps ("FP4 All the Way", arXiv 2505.19115). What
-    rounding adds is the difference of the gradients at the rounded weight and at the master.
-    """
-    a, b = (jnp.ravel(x).astype(jnp.float32) for x in (at_rounded, at_master))
-    return jnp.linalg.norm(a) / jnp.maximum(jnp.sqrt(3.0) * jnp.linalg.norm(a - b), 1e-30)
