@@ -21,7 +21,6 @@ import time
 from absl import flags
 
 from v4jax.training import command, recipe
-from v4jax.training.command import fraction_or_steps
 
 NAME = "bf16_to_fp4"
 recipe.define()
@@ -77,16 +76,14 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     from v4jax.distributed import end_if_preempted, is_main, say
     from v4jax.training import switch
     from v4jax.training.context_models import ContextModels
-    from v4jax.training.schedule import resolve_steps
 
     setup = recipe.prepare()
-    steps, rows = flags.FLAGS.steps, flags.FLAGS.batch_size
     trainer = setup.trainer(setup.configure(seed))
     say(provenance.describe(trainer, setup.dataset))
     arms = switch.run_arms(
         trainer,
         workdir,
-        switch_step=resolve_steps("--qat_start", fraction_or_steps("qat_start"), steps),
+        switch_step=recipe.switch_step(),
         scopes=scopes(),
         pace=recipe.pace(),
         from_checkpoint=FROM.value,
@@ -96,7 +93,9 @@ def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathli
     seconds = switch.alternate_steps(trainer, arms.control, arms.scopes["paper"])
     arms = arms if setup.mesh is None else arms.on_one_device()
     windows, held_out = setup.windows, setup.held_out.documents
-    report = comparison.compare(Evaluator(trainer.program, windows, 2 * rows), arms)
+    report = comparison.compare(
+        Evaluator(trainer.program, windows, 2 * flags.FLAGS.batch_size), arms
+    )
     context = ContextModels.fit([text.encode() for _, text in setup.train.documents])
     report["bits_per_byte"] |= context.bits_per_byte(windows.covered(held_out))
     end_if_preempted("before the continuations")

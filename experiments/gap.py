@@ -8,7 +8,6 @@ A cell is PRESET:STEPS; its tokens a parameter are of all parameters, embedding 
 from absl import flags
 
 from v4jax.training import command, recipe
-from v4jax.training.command import fraction_or_steps
 
 recipe.define(vocab_size=1024, batch_size=4, eval_windows=384)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
@@ -36,7 +35,6 @@ def main():
     from v4jax import quantization
     from v4jax.analysis import study_run
     from v4jax.training import switch
-    from v4jax.training.schedule import resolve_steps
 
     for name in SCOPES.value:
         if name not in quantization.SCOPES:
@@ -45,8 +43,8 @@ def main():
     scopes = {name: quantization.SCOPES[name] for name in SCOPES.value}
     workdir, setup = recipe.start(), recipe.prepare()
     trainer = setup.trainer(setup.configure(flags.FLAGS.seed))
-    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), flags.FLAGS.steps)
-    arms = switch.run_arms(trainer, workdir, switch_step=at, scopes=scopes, pace=recipe.pace())
+    at, pace = recipe.switch_step(), recipe.pace()
+    arms = switch.run_arms(trainer, workdir, switch_step=at, pace=pace, scopes=scopes)
     study_run.finish(
         workdir, setup, trainer, study_run.switched(arms, scopes), preset=flags.FLAGS.preset
     )
@@ -60,7 +58,7 @@ def report(workdir):
     cells = {label(what): what for what in losses.runs}
     scopes = list(dict.fromkeys(arm.split()[-1] for arm in losses.arms if " qat " in arm))
     sections, claims = {}, []
-    series: dict[str, list] = {}
+    series: dict[str, list[tuple[float, str, str]]] = {}
     for scope in scopes:
         pairs = {kind: [f"{cell} {kind} {scope}" for cell in cells] for kind in ("ptq", "qat")}
         control = [f"{cell} control" for cell in cells]

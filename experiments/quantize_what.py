@@ -15,7 +15,6 @@ import itertools
 from absl import flags
 
 from v4jax.training import command, recipe
-from v4jax.training.command import fraction_or_steps
 
 FORMATS = ("mxfp4", "mxfp4_floor", "mxfp4_even", "nvfp4", "fp8_1x128-32")
 SCOPES = ("experts", "indexer", "both", "everything")
@@ -56,14 +55,13 @@ def quantization(arm: str):
 def main():
     from v4jax.analysis import study_run
     from v4jax.training import switch
-    from v4jax.training.schedule import resolve_steps
 
     rounded = {name: quantization(name) for name in ROUNDED.value}
     trained = {name: quantization(name) for name in TRAINED.value}
     workdir, setup = recipe.start(), recipe.prepare()
     trainer = setup.trainer(setup.configure(flags.FLAGS.seed))
-    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), flags.FLAGS.steps)
-    arms = switch.run_arms(trainer, workdir, switch_step=at, scopes=trained, pace=recipe.pace())
+    at, pace = recipe.switch_step(), recipe.pace()
+    arms = switch.run_arms(trainer, workdir, switch_step=at, pace=pace, scopes=trained)
     study_run.finish(
         workdir, setup, trainer, study_run.switched(arms, rounded), preset=flags.FLAGS.preset
     )

@@ -202,7 +202,7 @@ WRONG = {
     "--qat_start=0": "--qat_start: step 0 is not within 1..5",
     "--qat_start=1.5": "--qat_start=1.5: allowed: a fraction in [0, 1], or whole steps",
     "--scopes=paper,all": "--scopes: unknown scope 'all', allowed: paper, all_linears",
-    "--warmup=0.9": "warmup_steps: got 0.9, allowed: <= decay_start (0.7)",
+    "--warmup=0.9": "(--warmup): got 0.9, allowed: <= decay_start (0.7)",
     "--balance_weight=nan": "Objective.balance: got nan, allowed: a number >= 0",
     "--workdir=/dev/null/x": "Not a directory",
 }

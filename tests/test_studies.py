@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.launched import ROOT, launched, write_corpus
+from tests.launched import launched, write_corpus
 
 STUDIES = {
     "quantize_what": {"qat both.mxfp4 - control", "qat both.mxfp4 - ptq both.mxfp4"},
@@ -51,9 +50,7 @@ def test_a_study_runs_quickly_and_reports(name, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_is_short_and_its_plan_is_whole(name, tmp_path):
-    text = (ROOT / "experiments" / f"{name}.py").read_text("utf-8")
-    assert ast.get_docstring(ast.parse(text)) and len(text.splitlines()) <= 100
+def test_the_plan_of_a_study_is_whole(name, tmp_path):
     run = launched(name, "--dry_run", f"--workdir={tmp_path / 'x'}", "--seeds=2")
     assert run.returncode == 0, run.stderr
     rows = run.stdout.splitlines()[2:]
@@ -63,6 +60,7 @@ def test_a_study_is_short_and_its_plan_is_whole(name, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_wrong_arms_end_in_one_line(tmp_path):
     for name, flag, what in (
         ("quantize_what", "--rounded=all.mxfp4", "--rounded: 'all.mxfp4': unknown scope, allowed:"),

@@ -85,7 +85,7 @@ def finish(
     }
     known |= environment() | {"seconds": time.perf_counter() - setup.began} | what
     known["numbers"] = {name: dict(arm.numbers) for name, arm in arms.items() if arm.numbers}
-    kept = {f"arm {name}": nll for name, nll in losses.items()}
+    kept: dict[str, Any] = {f"arm {name}": nll for name, nll in losses.items()}
     content = io.BytesIO()
     kept |= {"document": windows.document, "tokens": windows.mask.sum(axis=1)}
     np.savez_compressed(content, **kept)  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def fraction_or_steps(name: str) -> int | float:
 def starts(name: str) -> tuple[tuple[int | float, int], ...]:
     """The value of the list flag `name`: START:VALUE each; a start is a fraction up to 1, or a step
     above."""
-    found = []
+    found: list[tuple[int | float, int]] = []
     for text in flags.FLAGS[name].value or ():
         start, colon, value = text.partition(":")
         try:

@@ -262,6 +262,13 @@ def shrink(small: dict[str, Any]) -> None:
         command.shrink(small)
 
 
+def switch_step() -> int:
+    """The step of an experiment's --qat_start."""
+    from v4jax.training.schedule import resolve_steps
+
+    return resolve_steps("--qat_start", fraction_or_steps("qat_start"), F.steps)
+
+
 def pace() -> Pace:
     """How often the runs speak and save."""
     from v4jax.training.observe import Pace
