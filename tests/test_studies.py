@@ -16,6 +16,7 @@ STUDIES = {
     "qat_schedule": {"qat 28% - ptq", "early qat - control", "fp4 first - control"},
     "optimizer": {"adamw 0.0025 - muon_5 0.0025"},
     "stability": {"plain - undisturbed", "anticipate - plain"},
+    "sparse_warmup": {"task warm-up - task dense"},
     "oscillation": {"plain - ptq", "frozen - plain"},
 }
 

@@ -96,11 +96,13 @@ def finish(
 
 
 def last_metrics(folder: pathlib.Path, prefix: str, names: Sequence[str]) -> dict[str, float]:
-    """Of a run's last logged lines that have them: the means over `<prefix>.../<name>`."""
+    """Of a run's last logged lines that have them: the means over `<prefix>.../<name>`, and over
+    what has no "/"."""
     found: dict[str, float] = {}
     for line in read_metrics(folder):
         for name in names:
-            values = [v for k, v in line.items() if k.startswith(prefix) and k.endswith(f"/{name}")]
+            keys = [key for key in line if key.startswith(prefix)]
+            values = [line[key] for key in keys if key.rpartition("/")[2] == name]
             if values:
                 found[name.replace("_", " ")] = float(np.mean(values))
     return found

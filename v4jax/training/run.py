@@ -93,6 +93,10 @@ def train(
     name_programs(pace)
     known = check_config(folder, config.to_dict())
     distributed.barrier("configuration read")
+    if not known and (quantization.rules or branch is None):
+        start = branch.step if branch else 0
+        table = trainer.table(start if quantization.rules else None)
+        distributed.say(f"{folder.name}, to step {stop}:\n{table}")
     if not known and distributed.is_main():
         trainer.tokenizer.save(folder)
         write_source(folder)

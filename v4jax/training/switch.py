@@ -87,7 +87,6 @@ def run_arms(
         branch = Branch(workdir / "pretrain", switch_step)
         check_config(branch.folder, trainer.run_config(NO_QUANTIZATION).to_dict())
     check_arms(trainer, workdir, branch, scopes)
-    distributed.say(trainer.table(branch.step))
     if distributed.is_main():
         write_phases(workdir, trainer, branch, scopes)
     if not from_checkpoint:
