@@ -196,8 +196,8 @@ def test_not_finite_numbers_and_other_types_are_valid_json(tmp_path):
 
 
 def test_dataclasses_are_objects():
-    evaluation = pytest.importorskip("v4jax.analysis.evaluation")
-    assert jsonable(evaluation.Interval(1.0, math.nan, 2)) == interval(1.0, None, 2)
+    paired = pytest.importorskip("v4jax.analysis.paired")
+    assert jsonable(paired.Interval(1.0, math.nan, 2)) == interval(1.0, None, 2)
 
 
 def test_the_picture_of_little(tmp_path):

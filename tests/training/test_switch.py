@@ -364,6 +364,9 @@ def test_a_misfit_names_the_fields(first, trainer, tmp_path):
     for name, value in {"seed": 3, "sequence_length": 16, "batch_size": 4, "data": "x"}.items():
         found = refused(dataclasses.replace(config, **{name: value}))
         assert re.fullmatch(rf"{name} is .* there, {value!r} here", found)
+    ramp = dataclasses.replace(config.schedule, batch_sizes=((0, 1), (4, 2)))
+    found = refused(dataclasses.replace(config, schedule=ramp))
+    assert found.endswith("has taken 24 rows of data, this one would have taken 20")
     ended = dataclasses.replace(config, schedule=tiny.schedule(SWITCH))
     assert "nothing is left to train, the run ends at step 12" in refused(ended)
     check_fit(

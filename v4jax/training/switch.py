@@ -148,8 +148,6 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
     parent, mine = read_run_config(branch.folder), trainer.config
     names = ("data", "sequence_length", "batch_size", "seed")
     pairs = {name: (getattr(parent, name), getattr(mine, name)) for name in names}
-    before, now = (rows_before(c.schedule, c.batch_size, branch.step) for c in (parent, mine))
-    pairs["rows of data taken by then (batch_sizes)"] = before, now
     for field in dataclasses.fields(mine.model):
         pairs[f"model.{field.name}"] = (
             getattr(parent.model, field.name),
@@ -158,6 +156,12 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
     differ = [f"{name} is {a!r} there, {b!r} here" for name, (a, b) in pairs.items() if a != b]
     if differ:
         raise ValueError(f"--from_checkpoint={branch.folder} does not fit: {', '.join(differ)}")
+    taken = [rows_before(c.schedule, c.batch_size, branch.step) for c in (parent, mine)]
+    if taken[0] != taken[1]:
+        raise ValueError(
+            f"--from_checkpoint={branch.folder}: --batch_sizes: by step {branch.step} the run there "
+            f"has taken {taken[0]} rows of data, this one would have taken {taken[1]}"
+        )
     before, after = (dataclasses.astuple(phase(c.schedule, branch.step)) for c in (parent, mine))
     if before != after:
         names = "learning rate (of its peak), MTP weight, dense attention, indexer's loss"
