@@ -159,8 +159,8 @@ def check_fit(trainer: Trainer, branch: Branch) -> None:
     taken = [rows_before(c.schedule, c.batch_size, branch.step) for c in (parent, mine)]
     if taken[0] != taken[1]:
         raise ValueError(
-            f"--from_checkpoint={branch.folder}: --batch_sizes: by step {branch.step} the run there "
-            f"has taken {taken[0]} rows of data, this one would have taken {taken[1]}"
+            f"--from_checkpoint={branch.folder}: --batch_sizes: by step {branch.step} the run "
+            f"there has taken {taken[0]} rows of data, this one would have taken {taken[1]}"
         )
     before, after = (dataclasses.astuple(phase(c.schedule, branch.step)) for c in (parent, mine))
     if before != after:
