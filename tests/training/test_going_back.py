@@ -61,6 +61,13 @@ def test_a_spike_is_shown_undone_and_gone(undisturbed):
         assert last.meta["watch"]["recovery"]["skips"] == [[30, 2]]
 
 
+def test_a_spike_at_a_step_that_is_saved_is_in_the_metrics_too(tmp_path):
+    trainer = recovery_worker.trainer("note")
+    train(trainer, tmp_path, stop=JUMP + 2, pace=Pace(log_every=100, save_every=JUMP))
+    told = {line["step"]: line.get("spike_onset") for line in read_metrics(tmp_path)}
+    assert told == {1: None, JUMP: JUMP, JUMP + 2: None}
+
+
 INSTANTS = {
     # In the step after the spike, back at its checkpoint, in ramp, at work, in the drain, after.
     "anticipate": [("64", 1), ("60", 2), ("64", 3), ("72", 1), ("78", 1), ("84", 1)],

@@ -194,6 +194,7 @@ class _Run:
                     order = watch.last()
                 ends = preempted or step == self.stop or order is not None
                 saves = step % pace.save_every == 0 or ends or step in pace.keep
+                meta = {"config": self.config.to_dict(), "watch": watch.keep()} if saves else {}
                 happened = of_events(watch.recovery.events[known:])
                 if logs or ends or probed or happened:
                     metrics |= probed | happened
@@ -211,8 +212,6 @@ class _Run:
                     return state, order
                 if saves:
                     observer.settle()
-                    meta = {"config": self.config.to_dict(), "watch": watch.keep()}
-                    journal.tell(watch.recovery)
                     self.checkpointer.save(step, state, meta, wait=ends)
                 if preempted:
                     raise distributed.Preempted(
