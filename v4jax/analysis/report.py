@@ -38,8 +38,8 @@ OVER_SEEDS = (
 def write_report(
     folder: pathlib.Path, report: Mapping[str, Any], runs: Mapping[str, pathlib.Path]
 ) -> None:
-    """Writes `report.json`, `report.md`, `report.png` and `result.json`, each as a whole; and into
-    the folders of runs `health.png` of those in FP4, and `load.png`, of experts, of the control.
+    """Writes `report.json`, `report.md`, `report.png` and `result.json`, each as a whole; and
+    `health_<run>.png` of each run in FP4, and `load.png`, of the control's experts.
 
     Args:
       folder: created if it is not there.
@@ -55,9 +55,9 @@ def write_report(
     plots.save(folder / "report.png", report, histories)
     for name, rows in histories.items():
         if any(key.startswith("fp4/") for key in (rows[-1] if rows else ())):
-            health_plot.save(runs[name] / "health.png", rows, name)
+            health_plot.save(folder / f"health_{name}.png", rows, name)
     if histories.get("control"):
-        load_plot.save(runs["control"] / "load.png", histories["control"], "control")
+        load_plot.save(folder / "load.png", histories["control"], "control")
     write_atomically(folder / "result.json", json.dumps(result(report), indent=1) + "\n")
 
 
