@@ -84,6 +84,7 @@ def report(workdir):
     others = [arm for arm in losses.arms if arm not in ("control", "ptq", "plain")]
     sections = {
         "Minus control": [(arm, "control") for arm in ["ptq", "plain", *others]],
+        "Minus PTQ": [(arm, "ptq") for arm in ["plain", *others]],
         "Minus plain straight-through": [(arm, "plain") for arm in others],
     }
     claims = [Claim("Straight-through QAT beats PTQ", "plain", "ptq")]

@@ -67,7 +67,7 @@ def test_a_signal_says_where_a_run_is_and_changes_no_number(plain, tmp_path):
     assert code == 0 and said.endswith("done\n"), errors
     (line,) = re.findall("^where: .*$", errors, re.MULTILINE)
     assert re.match(r"where: run 5/8 62% loss \d+\.\d{4} \S+ tok/s ETA \S+; process \d+, ", line)
-    assert "Current thread" in errors and "slow_batches" in errors  # the stacks
+    assert "Current thread" in errors and "slow_rows" in errors  # the stacks
     assert losses(tmp_path / "run") == losses(plain)
 
 
