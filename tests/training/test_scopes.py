@@ -11,6 +11,7 @@ from tests.jax_model import QUICK_COMPILE
 from tests.training import tiny
 from v4jax.config import CSA
 from v4jax.quantization import PAPER
+from v4jax.training.trainer import Variant
 
 # Two CSA layers that are traced once, which names them by their place in the unit; MTP is unrolled.
 MODEL = tiny.model(layer_types=(CSA, CSA), mlp_layer_types=("moe", "moe"), scan_layers=True)
@@ -88,7 +89,7 @@ def no_cache():
 @pytest.mark.slow
 def test_the_compiled_step_names_every_part(no_cache):
     trainer = tiny.trainer(model=MODEL)
-    found = paths(trainer._lowered(PAPER))
+    found = paths(trainer._lowered(Variant(PAPER, trainer.stages[-1].program)))
     assert missing(found) == []
     for scope in WITH_GRADIENT + WITHOUT:  # and a scope that is taken away is missed
         last = scope.rpartition("/")[2]
