@@ -44,7 +44,7 @@ def configured(config, arm: str):
     """The configuration of an arm: dense for 60% of the steps where it is dense first."""
     steps = config.schedule.total_steps
     dense, short = round(0.6 * steps), max(1, round(0.06 * steps))
-    layers = {"layer_types": (SLIDING, CSA), "mlp_layer_types": ("hash_moe", "moe")}
+    layers: dict = {"layer_types": (SLIDING, CSA), "mlp_layer_types": ("hash_moe", "moe")}
     layers |= {"num_nextn_predict_layers": 0, "index_topk": TOP_K.value}
     phases = {
         "dense": {"dense_until": steps},
@@ -70,7 +70,7 @@ def main():
 
     command.check_among("arms", ARMS)
     if TEXT.value == "task":
-        flags.FLAGS.data = TASK.value
+        flags.FLAGS["data"].value = TASK.value
     workdir, setup = recipe.start(), recipe.prepare()
     config, arms = setup.configure(flags.FLAGS.seed), {}
     for name in CHOSEN.value:

@@ -88,7 +88,7 @@ def finish(
     kept: dict[str, Any] = {f"arm {name}": nll for name, nll in losses.items()}
     content = io.BytesIO()
     kept |= {"document": windows.document, "tokens": windows.mask.sum(axis=1)}
-    np.savez_compressed(content, **kept)  # type: ignore[arg-type]
+    np.savez_compressed(content, **kept)
     write_whole(workdir / "losses.npz", content.getvalue())
     write_whole(workdir / "study.json", json.dumps(known, indent=1).encode())
     numbers = {f"{name} loss": per_token(nll, windows) for name, nll in losses.items()}
