@@ -57,15 +57,11 @@ def scopes():
     """Scope -> what its QAT arm rounds, from the flags."""
     from v4jax import quantization
 
-    for name in SCOPES.value:
-        if name not in quantization.SCOPES:
-            allowed = ", ".join(quantization.SCOPES)
-            raise ValueError(f"--scopes: unknown scope {name!r}, allowed: {allowed}")
+    found = recipe.scopes()
     if "paper" not in SCOPES.value:
         raise ValueError("--scopes: paper must be among them, the report is built around it")
     extra = (quantization.BF16_INDEX_SCORES,) if INDEX_SCORES.value == "bfloat16" else ()
-    rules = {name: quantization.SCOPES[name].rules + extra for name in SCOPES.value}
-    return {name: quantization.Quantization(rule) for name, rule in rules.items()}
+    return {name: quantization.Quantization(of.rules + extra) for name, of in found.items()}
 
 
 def experiment(seed: int, workdir: pathlib.Path) -> tuple[dict, dict[str, pathlib.Path]]:

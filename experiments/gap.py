@@ -32,15 +32,10 @@ def runs():
 
 
 def main():
-    from v4jax import quantization
     from v4jax.analysis import study_run
     from v4jax.training import switch
 
-    for name in SCOPES.value:
-        if name not in quantization.SCOPES:
-            allowed = ", ".join(quantization.SCOPES)
-            raise ValueError(f"--scopes: unknown scope {name!r}, allowed: {allowed}")
-    scopes = {name: quantization.SCOPES[name] for name in SCOPES.value}
+    scopes = recipe.scopes()
     workdir, setup = recipe.start(), recipe.prepare()
     trainer = setup.trainer(setup.configure(flags.FLAGS.seed))
     at, pace = recipe.switch_step(), recipe.pace()

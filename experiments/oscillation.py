@@ -11,7 +11,6 @@ import dataclasses
 from absl import flags
 
 from v4jax.training import command, recipe
-from v4jax.training.command import fraction_or_steps
 
 REMEDIES: dict[str, dict] = {
     "dampened": {"dampening": 1e-2},
@@ -48,7 +47,6 @@ def main():
     from v4jax.quantization import SCOPES, resolve
     from v4jax.training import remedies
     from v4jax.training.run import Branch, train
-    from v4jax.training.schedule import resolve_steps
 
     command.check_among("arms", ARMS)
     workdir, setup = recipe.start(), recipe.prepare()
@@ -57,7 +55,7 @@ def main():
         flags.FLAGS.steps,
         SCOPES[SCOPE.value],
     )
-    at = resolve_steps("--qat_start", fraction_or_steps("qat_start"), end)
+    at = recipe.switch_step()
     trainer = setup.trainer(config)
     pace = dataclasses.replace(recipe.pace(), keep=(at,))
     train(trainer, workdir / "pretrain", stop=at, pace=pace)

@@ -20,6 +20,7 @@ from v4jax.training.command import fraction_or_steps, starts, step_range
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from v4jax.quantization import Quantization
     from v4jax.training.corpus import Corpus
     from v4jax.training.data import Dataset, EvalWindows
     from v4jax.training.observe import Pace
@@ -267,6 +268,16 @@ def switch_step() -> int:
     from v4jax.training.schedule import resolve_steps
 
     return resolve_steps("--qat_start", fraction_or_steps("qat_start"), F.steps)
+
+
+def scopes() -> dict[str, Quantization]:
+    """Scope -> what it rounds, of an experiment's --scopes."""
+    from v4jax.quantization import SCOPES
+
+    for name in F.scopes:
+        if name not in SCOPES:
+            raise ValueError(f"--scopes: unknown scope {name!r}, allowed: {', '.join(SCOPES)}")
+    return {name: SCOPES[name] for name in F.scopes}
 
 
 def pace() -> Pace:

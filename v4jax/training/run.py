@@ -17,9 +17,11 @@ on another one.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -132,6 +134,15 @@ class _Run:
     def start(self) -> int:
         return self.branch.step if self.branch else 0
 
+    @functools.cached_property
+    def weights(self) -> weight_health.Watch:
+        """Kept over returns to a checkpoint, as it compiles; `lossless` alike."""
+        return weight_health.Watch(self.config.quantization, self.trainer.params)
+
+    @functools.cached_property
+    def lossless(self) -> Callable[[Any], jax.Array] | None:
+        return lossless_share(self.config.quantization, self.trainer.params)
+
     def to_its_end(self) -> TrainState:
         trainer, quantization = self.trainer, self.config.quantization
         saved = max([*self.checkpointer.steps(), self.start])
@@ -164,8 +175,7 @@ class _Run:
         """Trains from step `first` to the end, or to where the run is to go back."""
         trainer, pace, name = self.trainer, self.pace, self.folder.name
         quantization, stability = self.config.quantization, self.config.stability
-        lossless = lossless_share(quantization, trainer.params)
-        weights = weight_health.Watch(quantization, trainer.params)
+        weights, lossless = self.weights, self.lossless
         main = distributed.is_main()
         trackers = open_trackers(pace.trackers, self.folder, self.config.to_dict()) if main else ()
         journal, clock = Journal(self.folder, watch.recovery), Clock()

@@ -16,7 +16,7 @@ from v4jax.config import ModelConfig
 from v4jax.layers.context import UNROUNDED, IndexFormats
 from v4jax.layers.router import load_metrics, updated_bias
 from v4jax.model import Transformer, chosen_experts
-from v4jax.quantization import resolve
+from v4jax.quantization import Resolved, resolve
 from v4jax.training import anticipation, remedies
 from v4jax.training.losses import losses
 from v4jax.training.schedule import phase
@@ -136,6 +136,16 @@ class Parent(NamedTuple):
     variables: Any
 
 
+def _rounded(config: RunConfig, state: TrainState) -> tuple[Resolved, Any]:
+    """The formats, and the parameters that the next forward pass computes with."""
+    resolved = resolve(config.quantization, state.params)
+    known = state.memory.get("remedies", {})
+    rounded = remedies.rounded(
+        config.remedies, state.params, resolved, known, state.step, config.seed
+    )
+    return resolved, rounded
+
+
 def make_loss(program: Program, config: RunConfig, *, only_indexer: bool = False):
     """(params, variables, tokens, segment_ids, step, routes=None, parent=None) -> (loss, (the
     losses of `losses.losses`, the model's aux)): what a step differentiates, with respect to
@@ -196,12 +206,9 @@ def make_train_step(
     gradient = jax.grad(make_loss(program, config, only_indexer=only_indexer), has_aux=True)
 
     def step(state: TrainState, tokens, segment_ids, parent: Parent | None = None):
-        resolved = resolve(config.quantization, state.params)
+        resolved, rounded = _rounded(config, state)
         memory = dict(state.memory)
         remembered = memory.pop("remedies", {})
-        rounded = remedies.rounded(
-            config.remedies, state.params, resolved, remembered, state.step, config.seed
-        )
         routes = None
         if routed:
             shape = tokens.shape[0], tokens.shape[1] - 1
@@ -257,15 +264,7 @@ def make_look_ahead(program: Program, config: RunConfig):
     """
 
     def look(routes, state: TrainState, batch, tokens, segment_ids):
-        resolved = resolve(config.quantization, state.params)
-        rounded = remedies.rounded(
-            config.remedies,
-            state.params,
-            resolved,
-            state.memory.get("remedies", {}),
-            state.step,
-            config.seed,
-        )
+        resolved, rounded = _rounded(config, state)
         model = program.bind(rounded, state.variables, resolved.index)
         dense = phase(config.schedule, batch).dense
         ids = chosen_experts(model, tokens[:, :-1], segment_ids[:, :-1], dense)

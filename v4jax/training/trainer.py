@@ -83,6 +83,7 @@ class Trainer:
         self._shapes = functools.cache(self._make_shapes)
         self._new = functools.cache(self._make_new)
         self._look = functools.cache(self._make_look)
+        self._work = functools.cache(self._work_of)
         self.probe = functools.cache(self._make_probe)
 
     def run_config(self, quantization: Quantization, parent: str = "", step: int = 0) -> RunConfig:
@@ -188,7 +189,10 @@ class Trainer:
 
     def work(self, step: int) -> StepWork:
         """What update `step` amounts to, on all devices."""
-        config, stage = self.config, self.stage(step - 1)
+        return self._work(self.stage(step - 1))
+
+    def _work_of(self, stage: Stage) -> StepWork:
+        config = self.config
         tokens = stage.rows * config.sequence_length
         flops = training_flops(config.model, stage.length)
         return StepWork(tokens, tokens * flops, peak_flops(config.compute_dtype))
@@ -210,17 +214,17 @@ class Trainer:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _lowered(self, variant: Variant) -> jax.stages.Lowered:
-        only_indexer, length, rows = variant.stage
         config = self.run_config(variant.quantization)
+        stage = next(stage for stage in self.stages if stage.program == variant.stage)
         step = make_train_step(
             self.program,
-            self.optimizer(only_indexer),
+            self.optimizer(stage.only_indexer),
             config,
-            only_indexer=only_indexer,
+            only_indexer=stage.only_indexer,
             routed=variant.routed,
             shardings=self.shardings(config),
         )
-        shape = rows * (config.sequence_length // length), length + 1
+        shape = stage.shape(config.sequence_length)
         over = None if self.mesh is None else parallel.rows_sharding(self.mesh)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over)  # segment_ids alike
         state = self.abstract_state(config)
