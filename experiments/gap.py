@@ -9,13 +9,13 @@ from absl import flags
 
 from v4jax.training import command, recipe
 
-recipe.define(vocab_size=1024, batch_size=4, eval_windows=384)
+recipe.define(vocab_size=1024, batch_size=4, eval_windows=256)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 CELLS = flags.DEFINE_list(
-    "cells", "pico:250,pico:1000,pico:2000,nano:250,nano:750", "[run] PRESET:STEPS of the sweep."
+    "cells", "pico:250,pico:500,pico:1500,nano:750", "[run] PRESET:STEPS of the sweep."
 )
 SCOPES = flags.DEFINE_list("scopes", "paper,all_linears", "[fp4] What is rounded, an arm each.")
-QAT_START = flags.DEFINE_float("qat_start", 0.7, "[fp4] The switch: fraction, or a step.", 0)
+QAT_START = flags.DEFINE_float("qat_start", 0.75, "[fp4] The switch: fraction, or a step.", 0)
 SMALL = recipe.TINY | {"seeds": 1, "cells": ["tiny:8"], "scopes": ["paper"]}
 SWEEP = "runs()"
 AFTER_SWITCH = ("qat_start", "scopes", "eval_windows", "log_every")

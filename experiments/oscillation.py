@@ -20,7 +20,10 @@ REMEDIES: dict[str, dict] = {
     "rounded at random": {"rounding": "stochastic"},
 }
 ARMS = ("plain", *REMEDIES, "distilled")
-recipe.define(steps=600, batch_size=4, eval_windows=384, track_oscillation=True)
+recipe.define(
+    preset="pico", vocab_size=1024, steps=500, batch_size=4, eval_windows=256,
+    track_oscillation=True,
+)  # fmt: skip
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Of {', '.join(ARMS)}.")
 SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")

@@ -1,14 +1,15 @@
 """From dense to sparse attention, with and without the indexer's warm-up and its KL.
 
 On real text and on a generated task in which a key is asked for whose value stood far above: there
-an indexer that selects the wrong entries costs everything. Each arm is a whole run.
+an indexer that selects the wrong entries costs everything. "no KL" goes on from "dense", each other
+arm is a whole run.
 
     python launch.py --experiment=sparse_warmup --workdir=runs/sparse_warmup
 
-    dense       attends to every visible entry in training, and is measured so
+    dense       attends to every visible entry in training, and is measured so; no KL
     warm-up     dense, then a stage in which only the indexer learns, then sparse with its KL
     joint       dense with the KL from the first step on, then sparse with it
-    no KL       dense, then sparse; the indexer is as it was drawn
+    no KL       goes on sparse where the others do; the indexer is as it was drawn
     from start  sparse with the KL from the first step on
 
 The model is a sliding and a CSA layer of nano's width: with HCA, recall would find another way. The
@@ -22,14 +23,15 @@ from absl import flags
 from v4jax.config import CSA, SLIDING
 from v4jax.training import command, recipe
 
-ARMS = ("dense", "warm-up", "joint", "no KL", "from start")
-recipe.define(steps=500, tokenizer="bytes", vocab_size=257, eval_windows=384)
+ARMS = ("no KL", "warm-up", "joint", "from start")
+DENSE = 0.8  # of the steps
+recipe.define(steps=450, tokenizer="bytes", vocab_size=257, eval_windows=384, decay_start=0.88)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 TEXT = flags.DEFINE_enum("text", "code", ("code", "task"), "[data] --data, or --task.")
 TASK = flags.DEFINE_string("task", "task:recall", "[data] The generated task.")
 TOP_K = flags.DEFINE_integer("index_topk", 4, "[model] Entries that a query selects.", 1)
-CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Of {', '.join(ARMS)}.")
-SMALL = recipe.TINY | {"seeds": 1, "arms": ["dense", "warm-up"], "steps": 12}
+CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Beside dense: {', '.join(ARMS)}.")
+SMALL = recipe.TINY | {"seeds": 1, "arms": ["warm-up"], "steps": 12}
 SMALL |= {"task": "task:recall:length=64,keys=4,letters=4", "index_topk": 2}
 SWEEP = "runs()"
 
@@ -41,9 +43,9 @@ def runs():
 
 
 def configured(config, arm: str):
-    """The configuration of an arm: dense for 60% of the steps where it is dense first."""
+    """The configuration of an arm."""
     steps = config.schedule.total_steps
-    dense, short = round(0.6 * steps), max(1, round(0.06 * steps))
+    dense, short = round(DENSE * steps), max(1, round(0.06 * steps))
     layers: dict = {"layer_types": (SLIDING, CSA), "mlp_layer_types": ("hash_moe", "moe")}
     layers |= {"num_nextn_predict_layers": 0, "index_topk": TOP_K.value}
     phases = {
@@ -53,7 +55,7 @@ def configured(config, arm: str):
         "no KL": {"dense_until": dense},
         "from start": {"dense_until": 0},
     }[arm]
-    weight, of = 0.0 if arm == "no KL" else config.objective.index, dataclasses.replace
+    weight, of = config.objective.index * (arm not in ("dense", "no KL")), dataclasses.replace
     return of(
         config,
         model=of(config.model, **layers),
@@ -66,16 +68,19 @@ def configured(config, arm: str):
 def main():
     from v4jax.analysis import recall_task, study_run
     from v4jax.analysis.evaluation import Evaluator
-    from v4jax.training.run import train
+    from v4jax.training.run import Branch, train
 
     command.check_among("arms", ARMS)
     if TEXT.value == "task":
         flags.FLAGS["data"].value = TASK.value
     workdir, setup = recipe.start(), recipe.prepare()
     config, arms = setup.configure(flags.FLAGS.seed), {}
-    for name in CHOSEN.value:
+    end, at = flags.FLAGS.steps, round(DENSE * flags.FLAGS.steps)
+    pace = dataclasses.replace(recipe.pace(), keep=(at,))
+    for name in ("dense", *CHOSEN.value):
         trainer, folder = setup.trainer(configured(config, name)), workdir / name.replace(" ", "_")
-        state = train(trainer, folder, stop=flags.FLAGS.steps, pace=recipe.pace())
+        branch = Branch(workdir / "dense", at) if name == "no KL" else None
+        state = train(trainer, folder, stop=end, branch=branch, pace=pace)
         numbers = study_run.last_metrics(folder, "", ("index_kept_mass",))
         dense = name == "dense"
         if TEXT.value == "task":
@@ -93,8 +98,7 @@ def report(workdir):
 
     losses = read(workdir, lambda what: what["text"])
     texts = list(dict.fromkeys(arm.split()[0] for arm in losses.arms))
-    others = [arm for arm in ARMS if arm != "dense"]
-    sections = {f"Minus dense, {t}": [(f"{t} {a}", f"{t} dense") for a in others] for t in texts}
+    sections = {f"Minus dense, {t}": [(f"{t} {a}", f"{t} dense") for a in ARMS] for t in texts}
     claims = []
     for t in texts:
         claims += [
