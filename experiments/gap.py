@@ -12,7 +12,7 @@ from v4jax.training import command, recipe
 recipe.define(vocab_size=1024, batch_size=4, eval_windows=256)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 CELLS = flags.DEFINE_list(
-    "cells", "pico:250,pico:500,pico:1500,nano:750", "[run] PRESET:STEPS of the sweep."
+    "cells", "pico:150,pico:400,pico:1000,nano:500", "[run] PRESET:STEPS of the sweep."
 )
 SCOPES = flags.DEFINE_list("scopes", "paper,all_linears", "[fp4] What is rounded, an arm each.")
 QAT_START = flags.DEFINE_float("qat_start", 0.75, "[fp4] The switch: fraction, or a step.", 0)

@@ -21,7 +21,7 @@ REMEDIES: dict[str, dict] = {
 }
 ARMS = ("plain", *REMEDIES, "distilled")
 recipe.define(
-    preset="pico", vocab_size=1024, steps=500, batch_size=4, eval_windows=256,
+    preset="pico", vocab_size=1024, steps=400, batch_size=4, eval_windows=256,
     track_oscillation=True,
 )  # fmt: skip
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
