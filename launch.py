@@ -149,7 +149,9 @@ def make_sweep(own, arguments: list[str], options: list[str], taken: list[str]) 
         taken=taken,
     )
     answer = experiments.describe(experiment, question)
-    plan = dataclasses.replace(plan, fixed=answer.fixed, after_switch=answer.after_switch)
+    plan = dataclasses.replace(
+        plan, fixed=answer.fixed, after_switch=answer.after_switch, growing=answer.growing
+    )
     columns = {run.name: row for run, row in zip(plan.runs, answer.columns, strict=False)}
     plan = plan.parsed(answer.values)
     return plan.settled(), [columns.get(run.name, {}) for run in plan.runs]

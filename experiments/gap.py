@@ -18,6 +18,7 @@ SCOPES = flags.DEFINE_list("scopes", "paper,all_linears", "[fp4] What is rounded
 QAT_START = flags.DEFINE_float("qat_start", 0.75, "[fp4] The switch: fraction, or a step.", 0)
 SMALL = recipe.TINY | {"seeds": 1, "cells": ["tiny:8"], "scopes": ["paper"]}
 SWEEP = "runs()"
+GROWING = ("seeds",)
 AFTER_SWITCH = ("qat_start", "scopes", "eval_windows", "log_every")
 
 

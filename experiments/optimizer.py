@@ -15,6 +15,7 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.",
 RATES = flags.DEFINE_list("rates", "1.25e-3,2.5e-3,5e-3", "[run] Learning rates of the sweep.")
 SMALL = recipe.TINY | {"seeds": 1, "rates": ["2.5e-3"]}
 SWEEP = "runs()"
+GROWING = ("seeds",)
 
 
 def runs():

@@ -30,6 +30,7 @@ SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp
 QAT_START = flags.DEFINE_float("qat_start", 0.5, "[fp4] The switch: fraction, or a step.", 0)
 SMALL = recipe.TINY | {"seeds": 1, "arms": ["plain", "frozen"], "scope": "paper"}
 SWEEP = "runs()"
+GROWING = ("seeds",)
 
 
 def runs():

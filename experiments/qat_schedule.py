@@ -31,6 +31,7 @@ SHARES = flags.DEFINE_list("shares", "5,10,16,28,40", "[fp4] Last percent of the
 SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")
 SMALL = recipe.TINY | {"seeds": 1, "shares": ["28"], "scope": "paper"}
 SWEEP = "runs()"
+GROWING = ("seeds",)
 
 
 def runs():

@@ -29,6 +29,7 @@ ROUNDED = flags.DEFINE_list("rounded", GRID + MORE, "[fp4] Arms rounded after tr
 TRAINED = flags.DEFINE_list("trained", TRAIN, "[fp4] Those of them that are trained in it too.")
 SMALL = recipe.TINY | {"seeds": 1, "rounded": ["both.mxfp4"], "trained": ["both.mxfp4"]}
 SWEEP = "runs()"
+GROWING = ("seeds",)
 
 
 def runs():

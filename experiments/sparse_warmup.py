@@ -34,6 +34,7 @@ CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Beside dense: {', '.join(
 SMALL = recipe.TINY | {"seeds": 1, "arms": ["warm-up"], "steps": 12}
 SMALL |= {"task": "task:recall:length=64,keys=4,letters=4", "index_topk": 2}
 SWEEP = "runs()"
+GROWING = ("seeds",)
 
 
 def runs():

@@ -24,6 +24,7 @@ CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Of {', '.join(ARMS)}.")
 SMALL = recipe.TINY | {"seeds": 1, "arms": ["undisturbed", "plain", "anticipate"], "steps": 12}
 SMALL |= {"shock_at": 6, "shock_steps": 1, "delay_steps": 1, "active_steps": 3, "save_every": 4}
 SWEEP = "runs()"
+GROWING = ("seeds",)
 
 
 def runs():

@@ -229,6 +229,21 @@ def test_the_sweep_of_a_study_depends_on_its_flags_and_another_may_be_asked_for(
     assert "--workdir" in study("--help").stdout
 
 
+def test_a_finished_study_takes_more_runs_by_a_flag_that_grows_it(study, tmp_path):
+    grows = {"changed": ('SWEEP = "runs()"', 'SWEEP = "runs()"\nGROWING = ("learning_rate",)')}
+    kept = lambda: json.loads((tmp_path / "runs" / "sweep.json").read_text())["fixed"]  # noqa: E731
+    assert study("--learning_rate=0.5", **grows).stdout == "reported seed=0 seed=1\n"
+    run = study("--learning_rate=0.25", **grows)
+    assert run.stdout == "reported seed=0 seed=1 seed=2\n", run.stderr
+    assert (tmp_path / "runs" / "seed=0" / "starts").read_text() == "started"
+    assert kept() == ["--learning_rate=0.25"]  # the command that makes all of it
+    assert study("--learning_rate=0.5", **grows).returncode == 0
+    assert kept() == ["--learning_rate=0.25"]
+    refused = study("--learning_rate=0.25", "--word=x", **grows)
+    assert refused.returncode == 2 and "--word=x; give the same flags" in refused.stderr
+    assert "learning_rate" not in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "changed", "code", "what"),
     [

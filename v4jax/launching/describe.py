@@ -85,13 +85,13 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         if question["columns"] and hasattr(module, "describe"):
             columns.append(_columns(module))
     spelled = [line for lines in fixed.values() for line in lines]
-    after = list(getattr(module, "AFTER_SWITCH", ()))
     return {
         "functions": functions,
         "fixed": spelled,
         "values": values,
         "columns": columns,
-        "after_switch": after,
+        "after_switch": list(getattr(module, "AFTER_SWITCH", ())),
+        "growing": list(getattr(module, "GROWING", ())),
     }
 
 

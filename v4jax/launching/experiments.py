@@ -154,13 +154,14 @@ class Question:
 class Answer:
     """What the file said: the functions' settings; `fixed` in one spelling; in one spelling the
     swept flags of each run; its describe(); AFTER_SWITCH: flags that leave the pre-training as it
-    is."""
+    is; GROWING: flags of its function alone, which may differ from start to start."""
 
     functions: dict[str, list[dict[str, str]]]
     fixed: tuple[str, ...]
     values: tuple[dict[str, str], ...]
     columns: tuple[dict[str, Any], ...]
     after_switch: tuple[str, ...] = ()
+    growing: tuple[str, ...] = ()
 
 
 def describe(experiment: str, question: Question) -> Answer:
@@ -191,4 +192,5 @@ def describe(experiment: str, question: Question) -> Answer:
         tuple(answer["values"]),
         tuple(answer["columns"]),
         tuple(answer["after_switch"]),
+        tuple(answer["growing"]),
     )

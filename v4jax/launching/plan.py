@@ -40,7 +40,8 @@ class Plan:
 
     axes: flag -> its values in the sweep, in order. fixed: the flags that all runs have, in one
     spelling, so that two starts can be compared. after_switch: flags that leave the pre-training
-    as it is; not kept in sweep.json.
+    as it is; growing: flags by which a later start may differ, to add runs. Neither is kept in
+    sweep.json.
     """
 
     experiment: str
@@ -49,6 +50,7 @@ class Plan:
     axes: dict[str, list[str]]
     fixed: tuple[str, ...] = ()
     after_switch: tuple[str, ...] = ()
+    growing: tuple[str, ...] = ()
 
     def share(self, one: Run, other: Run) -> bool:
         """Whether the two have one pre-training, which the second may copy from the first."""
@@ -86,9 +88,10 @@ class Plan:
         differs = []
         if stored.experiment != self.experiment:
             differs.append((f"--experiment={stored.experiment}", f"--experiment={self.experiment}"))
-        if stored.fixed != self.fixed:
-            before = [flag for flag in stored.fixed if flag not in self.fixed]
-            now = [flag for flag in self.fixed if flag not in stored.fixed]
+        before, now = self._lasting(stored.fixed), self._lasting(self.fixed)
+        if before != now:
+            before = [flag for flag in before if flag not in self.fixed]
+            now = [flag for flag in now if flag not in stored.fixed]
             differs.append((" ".join(before) or "none of these", " ".join(now) or "no such flag"))
         if differs:
             before_all, now_all = (" ".join(side) for side in zip(*differs, strict=True))
@@ -111,12 +114,17 @@ class Plan:
                 plan, stored = self.settled(), self._stored()
                 runs = {run.name: run for run in (*(stored.runs if stored else ()), *plan.runs)}
                 everything = dataclasses.replace(plan, runs=tuple(runs.values()))
+                if stored and len(runs) == len(stored.runs):  # fewer seeds than it has: those stand
+                    everything = dataclasses.replace(everything, fixed=stored.fixed)
                 write_whole(self.workdir / "sweep.json", _to_json(everything))
         except OSError as error:
             raise ValueError(
                 f"--workdir={self.workdir}: cannot be written: {error.strerror or error}"
             ) from error
         return plan
+
+    def _lasting(self, fixed: Sequence[str]) -> list[str]:
+        return [flag for flag in fixed if flag[2:].partition("=")[0] not in self.growing]
 
     def _stored(self) -> Plan | None:
         return read_plan(self.workdir) if (self.workdir / "sweep.json").exists() else None
