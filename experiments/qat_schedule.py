@@ -79,11 +79,13 @@ def report(workdir):
 
     losses = read(workdir)
     arms = [arm for arm in losses.arms if arm.startswith("qat")]
-    fused, dose = losses.runs[0]["fused"], losses.runs[0]["tokens_per_parameter"] * 8 / BITS
+    what = losses.runs[0]
+    fused, dose = what["fused"], what["tokens_per_parameter"] * 8 / BITS
     prior = math.exp(-6.7297 / math.log(dose)) if dose > 1 else 0.0
     notes = [
         f"Lowest loss: {min(arms, key=losses.mean)}. The published prior for the share in QAT: "
-        f"exp(-6.7297 / ln S) = {prior:.2%}, S = {dose:.3g} tokens a byte of {BITS}-bit parameters."
+        f"exp(-6.7297 / ln S) = {prior:.2%}, S = {dose:.3g} tokens a byte of {BITS}-bit weights. "
+        f"It was fitted to 86M to 2.2B parameters; here are {what['parameters'] / 1e6:.2g}M."
     ]
     claims = [Claim(f"QAT for the last {arm.split()[1]} beats PTQ", arm, "ptq") for arm in arms]
     claims += [

@@ -53,7 +53,7 @@ def test_configurations_and_defaults():
     )
     assert run.returncode == 0, run.stderr
     plain, small, other, full, bad, frozen, late, shrunk = json.loads(run.stdout)
-    assert (plain["schedule"]["total_steps"], plain["batch_size"], plain["seed"]) == (640, 8, 3)
+    assert (plain["schedule"]["total_steps"], plain["batch_size"], plain["seed"]) == (400, 8, 3)
     assert plain["data"] == "hash" and plain["model"]["vocab_size"] == 512
     # Zero is the integer that configurations of earlier versions stand for.
     kept = {name: plain["schedule"][name] for name in ("indexer_warmup", "index_start", "lengths")}

@@ -83,7 +83,7 @@ def _of_the_training() -> None:
         "in bfloat16. The report says which it was.",
     )
 
-    integer("steps", 640, "[training] Updates in all.", 2)
+    integer("steps", 400, "[training] Updates in all.", 2)
     number("decay_start", 0.7, "[training] Cosine decay: fraction, or a step.", 0)
     number("final_fraction", 0.1, "[training] Learning rate at the end, of the peak.", 0)
     number("warmup", 0.06, "[training] Warm-up: fraction, or steps.", 0)
