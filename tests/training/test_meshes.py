@@ -13,6 +13,11 @@ from tests.jax_model import quick_jit
 from tests.training import meshed, tiny
 from v4jax import parallel
 from v4jax.quantization import NO_QUANTIZATION, PAPER
+from v4jax.training.metrics import read_metrics
+from v4jax.training.observe import Pace
+from v4jax.training.remedies import RemedyConfig
+from v4jax.training.run import train
+from v4jax.training.stability import StabilityConfig
 from v4jax.training.step import TrainState
 
 pytestmark = pytest.mark.slow
@@ -82,6 +87,31 @@ def test_parameters_and_optimizer_state_stay_spread_over_fsdp():
     assert on_first < 0.5 * whole  # a quarter, and what has no axis of D
     embedding = state.params["embed_tokens"]["weight"]
     assert embedding.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+
+
+OPTIONS = {
+    "remedies": RemedyConfig(dampening=1e-2, freeze_above=0.02, ema_decay=0.9),
+    "stability": StabilityConfig(anticipate_from=2, delay_steps=2, active_steps=4),
+}
+
+
+def test_what_options_remember_is_spread_too_and_resumes(tmp_path):
+    def run(folder, mesh, stop=6):
+        trainer = meshed.trainer(parallel.make_mesh(mesh), **OPTIONS)
+        how = {"quantization": PAPER, "pace": Pace(log_every=1, save_every=3)}
+        return train(trainer, tmp_path / folder, stop=stop, **how)
+
+    whole = run("whole", MESHES[1])
+    run("halves", MESHES[1], stop=3)
+    resumed = run("halves", MESHES[1])
+    assert tiny.same_bits(parallel.on_one_device(resumed), parallel.on_one_device(whole))
+    memory = whole.memory["remedies"]
+    assert set(memory) >= {"ema", "frozen", "frequency"} and "routes" in whole.memory
+    specs = {str(x.sharding.spec) for name in ("ema", "frozen") for x in memory[name].values()}
+    assert specs and all("fsdp" in spec for spec in specs), specs
+    run("alone", None)
+    losses = [[x["loss"] for x in read_metrics(tmp_path / one)] for one in ("whole", "alone")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def matrices(trainer) -> set[tuple[int, ...]]:
