@@ -139,13 +139,14 @@ class Recovery:
         rows: of data that the updates from there to `order.step` take.
 
         Events, the number of returns and the data skipped stay known; the detector is as it was
-        there, but silent up to where the spike was seen.
+        there. Where the same data comes again it is silent beyond the spike. Where data is skipped
+        the next may be as bad: of its steps with a jump a second return skips 2 times as many, a
+        third 4 times, so that a few returns get past many bad batches.
         """
-        quiet = max(order.step + 1 + config.spikes.cooldown, there.spikes.quiet_until)
         event = {"step": order.step, "event": order.event, "to": step, "why": order.why}
         found = dataclasses.replace(
             self,
-            spikes=there.spikes._replace(quiet_until=quiet),
+            spikes=there.spikes,
             failed=0,
             rollbacks=self.rollbacks + 1,
             active=there.active,
@@ -153,7 +154,11 @@ class Recovery:
         if order.event == "anticipate":
             active = Active(step, step + config.active_steps)
             event |= {"from": step, "until": active.end}
-            return dataclasses.replace(found, active=active)._told(event)
+            quiet = max(order.step + 1 + config.spikes.cooldown, there.spikes.quiet_until)
+            spikes = there.spikes._replace(quiet_until=quiet)
+            return dataclasses.replace(found, active=active, spikes=spikes)._told(event)
+        more = (2**self.rollbacks - 1) * (order.step + 1 - order.before)  # steps
+        rows += rows * more // (order.step - step)
         # On with the rows after those that the order is about, whatever was skipped on the way.
         kept = tuple(skip for skip in self.skips if skip[0] <= step)
         here = dataclasses.replace(found, skips=kept)

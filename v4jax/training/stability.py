@@ -24,8 +24,9 @@ class StabilityConfig:
     """Choices of a run. Construction raises a ValueError of one line.
 
     on_spike: "note" says it; "rollback" goes back before its onset and leaves out the data from
-    there to the spike; "anticipate" goes back and routes by older parameters for a while (report
-    4.2.3, `anticipation.py`). anticipate_from: route so from that step on, spike or none.
+    there to the spike, each further time more; "anticipate" goes back and routes by older
+    parameters for a while (report 4.2.3, `anticipation.py`). anticipate_from: route so from that
+    step on, spike or none.
     delay_steps: how much older. active_steps: for how many steps. skip_sigma: see the module; 0: no
     step is left out. max_nonfinite: so many steps in a row that are not finite, and the run goes
     back and leaves out their data. max_rollbacks: after so many it ends, or only notes spikes.
