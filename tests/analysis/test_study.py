@@ -141,11 +141,26 @@ def test_what_cannot_be_put_together_is_one_line(tmp_path, changed, what):
     assert "\n" not in str(error.value)
 
 
-def test_runs_of_other_windows_are_refused(tmp_path):
-    folder = leave(tmp_path, seeds(0.0, count=2))
-    np.savez(folder / "seed=1" / "losses.npz", document=DOCUMENT[:5], tokens=TOKENS[:5])
-    with pytest.raises(ValueError, match="seed=1: its windows are not those of seed=0"):
-        study.read(folder)
+def test_arms_of_other_windows_are_not_compared(tmp_path):
+    def cut(name, runs):
+        (tmp_path / name).mkdir()
+        folder = leave(tmp_path / name, runs)
+        nats = {f"arm {arm}": np.ones(5) for arm in ("old", "new")}
+        np.savez(folder / "seed=1" / "losses.npz", **nats, document=DOCUMENT[:5], tokens=TOKENS[:5])
+        return folder
+
+    with pytest.raises(ValueError, match="seed=1: arm 'old' has other windows than with other s"):
+        study.read(cut("seeds", seeds(0.0, count=2)))
+    # Of another text, as the label says, an arm is another arm: each is held to its own windows.
+    label = lambda what: f"text{what['seed']}"  # noqa: E731
+    losses = study.read(cut("texts", seeds(0.0, count=2)), label)
+    assert study.difference(losses, ("text1 new", "text1 old"))["mean"] == 0
+    assert losses.each("text1 new") == {1: 5 / TOKENS[:5].sum()}
+    with pytest.raises(ValueError, match="^text0 new and text1 old were measured on different wi"):
+        losses.arms["text1 old"][0] = losses.arms["text1 old"][1]
+        study.difference(losses, ("text0 new", "text1 old"))
+    report = study.make_report(losses, "Two", {})
+    assert (report["what"]["windows"], report["what"]["eval_tokens"]) == ([6, 5], [70, 55])
 
 
 def test_arms_of_one_name_are_told_apart_by_the_runs(tmp_path):

@@ -33,14 +33,14 @@ Pair = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """arms: arm -> seed -> nats of each held-out window, float64 [W]. numbers: arm -> seed -> name
-    -> a number. runs: what each run was. command: what makes it again. missing: runs of the sweep
-    that left no losses."""
+    """arms: arm -> seed -> nats of each held-out window, float64 [W]. windows: arm -> these.
+    numbers: arm -> seed -> name -> a number. runs: what each run was. command: what makes it again.
+    missing: runs of the sweep that left no losses."""
 
     name: str
     arms: dict[str, dict[int, np.ndarray]]
     numbers: dict[str, dict[int, dict[str, float]]]
-    windows: Windows
+    windows: dict[str, Windows]
     runs: list[dict[str, Any]]
     command: str
     missing: int = 0
@@ -51,7 +51,7 @@ class Losses:
 
     def each(self, arm: str) -> dict[int, float]:
         """Seed -> nats a token."""
-        tokens = self.windows.mask.sum()
+        tokens = self.windows[arm].mask.sum()
         return {seed: float(nll.sum() / tokens) for seed, nll in self.arms[arm].items()}
 
 
@@ -61,39 +61,43 @@ def read(workdir: str | pathlib.Path, label: Callable[[dict], str] = lambda what
     label: what a run was -> a prefix for its arms' names, where runs have arms of one name.
 
     Raises:
-      ValueError: one line: no run left any; two were measured on different windows; or two have the
-        same arm and seed.
+      ValueError: one line: no run left any; two of an arm were measured on different windows, or
+        are of the same seed.
     """
     folder = as_path(workdir)
     sweep = json.loads((folder / "sweep.json").read_bytes())
     found: dict[str, dict[int, np.ndarray]] = {}
     numbers: dict[str, dict[int, dict[str, float]]] = {}
     runs: list[dict[str, Any]] = []
-    first: tuple[np.ndarray, np.ndarray] | None = None
+    windows: dict[str, Windows] = {}
     for name in (run["name"] for run in sweep["runs"]):
         if not (folder / name / "study.json").exists():
             continue
         what = json.loads((folder / name / "study.json").read_bytes())
         with np.load(io.BytesIO((folder / name / "losses.npz").read_bytes())) as kept:
-            windows = kept["document"], kept["tokens"]
+            held_out = types.SimpleNamespace(
+                document=kept["document"], mask=kept["tokens"][:, None]
+            )
             nll = {key.removeprefix("arm "): kept[key] for key in kept if key.startswith("arm ")}
-        first = first or windows
-        if any(not np.array_equal(a, b) for a, b in zip(first, windows, strict=True)):
-            raise ValueError(f"{name}: its windows are not those of {runs[0]['run']}")
         runs.append(what | {"run": name})
         for arm in nll:
             full = f"{label(what)} {arm}".strip()
+            if not _same_windows(windows.setdefault(full, held_out), held_out):
+                raise ValueError(f"{name}: arm {full!r} has other windows than with other seeds")
             if what["seed"] in found.setdefault(full, {}):
                 raise ValueError(f"{name}: arm {full!r}, seed {what['seed']} is of another run too")
             found[full][what["seed"]] = nll[arm]
             numbers.setdefault(full, {})[what["seed"]] = what.get("numbers", {}).get(arm, {})
-    if first is None:
+    if not runs:
         raise ValueError(f"{folder}: no run has left losses.npz and study.json")
     words = ["python", "launch.py", f"--experiment={sweep['experiment']}", *sweep["fixed"]]
     command = shlex.join([*words, f"--workdir=runs/{folder.name}"])
-    held_out = types.SimpleNamespace(document=first[0], mask=first[1][:, None])
     name = pathlib.Path(sweep["experiment"]).stem
-    return Losses(name, found, numbers, held_out, runs, command, len(sweep["runs"]) - len(runs))
+    return Losses(name, found, numbers, windows, runs, command, len(sweep["runs"]) - len(runs))
+
+
+def _same_windows(one: Windows, other: Windows) -> bool:
+    return np.array_equal(one.document, other.document) and np.array_equal(one.mask, other.mask)
 
 
 # ---- what the numbers say ----
@@ -111,12 +115,17 @@ class Claim:
 
 def difference(losses: Losses, pair: Pair) -> dict[str, Any] | None:
     """The paired difference of two arms over the seeds that both have: `mean`, `low`, `high` (95%),
-    `spread` (sample standard deviation over seeds, None for one), `seeds`; None without a seed."""
+    `spread` (sample standard deviation over seeds, None for one), `seeds`; None without a seed.
+
+    Raises ValueError where they were measured on different windows."""
     a, b = (losses.arms.get(name, {}) for name in pair)
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return None
-    paired = Paired(losses.windows)
+    windows, others = (losses.windows[name] for name in pair)
+    if not _same_windows(windows, others):
+        raise ValueError(f"{pair[0]} and {pair[1]} were measured on different windows")
+    paired = Paired(windows)
     rows = [np.stack([side[seed] for seed in seeds]) for side in (a, b)]
     each = [float(value) for value in paired.of_seeds(*rows)]
     return {
@@ -209,19 +218,24 @@ def _what(losses: Losses) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for run in losses.runs for name in run):
         if name not in skipped:
-            values = [run[name] for run in losses.runs if name in run]
-            same = [value for i, value in enumerate(values) if value not in values[:i]]
-            found[name] = same[0] if len(same) == 1 else same
+            found[name] = _one_or_all([run[name] for run in losses.runs if name in run])
+    windows = list(losses.windows.values())
     return found | {
         "runs": len(losses.runs),
         "missing": losses.missing,
         "seeds": sorted({run["seed"] for run in losses.runs}),
         "seconds": sum(run.get("seconds", 0.0) for run in losses.runs),
         "date": max(run.get("date", "") for run in losses.runs),
-        "windows": len(losses.windows.document),
-        "documents": len(np.unique(losses.windows.document)),
-        "eval_tokens": int(losses.windows.mask.sum()),
+        "windows": _one_or_all([len(w.document) for w in windows]),
+        "documents": _one_or_all([len(np.unique(w.document)) for w in windows]),
+        "eval_tokens": _one_or_all([int(w.mask.sum()) for w in windows]),
     }
+
+
+def _one_or_all(values: list) -> Any:
+    """The value that all are, or the different ones."""
+    same = [value for i, value in enumerate(values) if value not in values[:i]]
+    return same[0] if len(same) == 1 else same
 
 
 # ---- on paper ----
