@@ -66,13 +66,20 @@ def main():
         state = train(trainer, folder, stop=flags.FLAGS.steps, pace=recipe.pace())
         numbers = disturbance.numbers(folder, SHOCK_AT.value, SHOCK_STEPS.value)
         arms[name] = study_run.Arm(state, numbers=numbers)
-    study_run.finish(workdir, setup, trainer, arms)
+    study_run.finish(workdir, setup, trainer, arms, shock_at=SHOCK_AT.value)
 
 
 def report(workdir):
-    from v4jax.analysis import study
+    from v4jax.analysis import disturbance, study
 
     losses = study.read(workdir)
+    first = losses.runs[0]
+    at, folders = first["shock_at"], {arm: arm.replace(" ", "_") for arm in losses.arms}
+    shown = {
+        arm: disturbance.trace(workdir / first["run"] / name, at - 40, at + 80)
+        for arm, name in folders.items()
+    }
+    lines = study.Lines(f"step of {first['run']}", "nats a token", shown)
     others = [arm for arm in losses.arms if arm != "undisturbed"]
     sections = {
         "Held-out loss, minus undisturbed": [(arm, "undisturbed") for arm in others],
@@ -89,7 +96,7 @@ def report(workdir):
     ]
     claims.append(study.Claim("The clamp helps", "plain", "no clamp"))
     title = "A spike, and what is done about it"
-    study.write_report(workdir, study.make_report(losses, title, sections, claims))
+    study.write_report(workdir, study.make_report(losses, title, sections, claims, lines=lines))
 
 
 if __name__ == "__main__":

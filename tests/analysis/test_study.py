@@ -52,7 +52,8 @@ def report_of(folder):
     losses = study.read(folder)
     sections = {"New and newer": [("new", "old"), ("newer", "old")]}
     curves = study.Curves("x", {"a": [(1.0, "new", "old"), (2.0, "newer", "old")]})
-    return study.make_report(losses, "A demo", sections, CLAIMS, ["A note."], curves)
+    lines = study.Lines("step", "nats", {"new": [(1, 5.0), (2, 9.0)], "old": [(1, 5.0), (3, 4.0)]})
+    return study.make_report(losses, "A demo", sections, CLAIMS, ["A note."], curves, lines)
 
 
 def test_a_report_holds_what_the_runs_left(tmp_path, capsys):

@@ -37,6 +37,12 @@ def disturbed(rows: Rows, first: int, count: int, vocab_size: int) -> Rows:
     return noisy
 
 
+def trace(folder: pathlib.Path, first: int, last: int) -> list[tuple[float, float]]:
+    """(step, loss) of the logged steps from `first` to `last`, in the run as it ended."""
+    lines = read_metrics(folder)
+    return [(line["step"], line["loss"]) for line in lines if first <= line["step"] <= last]
+
+
 def numbers(folder: pathlib.Path, shock: int, length: int, window: int = 20) -> dict[str, float]:
     """What a run shows whose updates after `shock` were disturbed for `length` steps.
 

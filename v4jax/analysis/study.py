@@ -167,6 +167,15 @@ class Curves:
     series: dict[str, list[tuple[float, str, str]]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Quantities as they are. series: name -> [(x, y), ...]."""
+
+    x: str
+    y: str
+    series: dict[str, list[tuple[float, float]]]
+
+
 def make_report(
     losses: Losses,
     title: str,
@@ -174,6 +183,7 @@ def make_report(
     claims: Sequence[Claim] = (),
     notes: Sequence[str] = (),
     curves: Curves | None = None,
+    lines: Lines | None = None,
 ) -> dict[str, Any]:
     """The report: a dict of what JSON holds. sections: heading -> pairs; those with an arm that was
     not measured are left out. notes: sentences."""
@@ -209,6 +219,7 @@ def make_report(
         "claims": [verdict(c, difference(losses, (c.arm, c.reference))) for c in claims],
         "notes": list(notes),
         "curves": {"x": curves.x, "series": drawn} if curves else None,
+        "lines": dataclasses.asdict(lines) if lines else None,
     }
 
 

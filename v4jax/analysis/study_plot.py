@@ -1,4 +1,4 @@
-"""A study's picture: every paired difference with its interval and its seeds; curves, if any."""
+"""A study's picture: every paired difference with its interval and its seeds; curves and lines."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ WIDE = 10
 
 @styled
 def draw(report: Mapping[str, Any]) -> Drawing:
-    """A panel for each section, a row for each difference; on top a panel of the curves."""
+    """A panel for each section, a row for each difference; on top panels of curves and lines."""
     sections = list(report["sections"].items())
-    curves = report["curves"]
-    heights = [2.4] * bool(curves) + [0.75 + 0.2 * len(rows) for _, rows in sections]
+    tops = [(draw, report[name]) for name, draw in TOPS.items() if report[name]]
+    heights = [2.4] * len(tops) + [0.75 + 0.2 * len(rows) for _, rows in sections]
     figure = Drawing(6.6, 0.4 + sum(heights))
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     figure.suptitle(report["title"], fontsize=10)
-    if curves:
-        _curves(axes[0], curves)
+    for ax, (draw_top, what) in zip(axes, tops, strict=False):
+        draw_top(ax, what)
     for i, (heading, rows) in enumerate(sections):
-        _forest(axes[i + bool(curves)], heading, rows, style.SERIES[i % len(style.SERIES)])
+        _forest(axes[i + len(tops)], heading, rows, style.SERIES[i % len(style.SERIES)])
     return figure
 
 
@@ -66,15 +66,32 @@ def _curves(axes, curves: Mapping[str, Any]) -> None:
         if not points:
             continue
         x, mean, low, high = zip(*sorted(points), strict=True)
-        color, dashes = style.SERIES[i % len(style.SERIES)], style.DASHES[i % len(style.DASHES)]
+        color, dashes = _look(i)
         marker = style.MARKERS[i % len(style.MARKERS)]
         scaled = [[1000 * value for value in values] for values in (mean, low, high)]
         down = [m - v for m, v in zip(scaled[0], scaled[1], strict=True)]
         up = [v - m for m, v in zip(scaled[0], scaled[2], strict=True)]
         drawn = axes.errorbar(x, scaled[0], [down, up], color=color, marker=marker, capsize=2)
-        drawn.lines[0].set_dashes(dashes or (1, 0))
+        drawn.lines[0].set_dashes(dashes)
         drawn.set_label(name)
     axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel(curves["x"])
     axes.set_ylabel("millinats a token")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _lines(axes, lines: Mapping[str, Any]) -> None:
+    for i, (name, points) in enumerate(lines["series"].items()):
+        color, dashes = _look(i)
+        axes.plot(*zip(*points, strict=True), color=color, dashes=dashes, linewidth=1.2, label=name)
+    axes.set_xlabel(lines["x"])
+    axes.set_ylabel(lines["y"])
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _look(i: int) -> tuple[str, tuple[float, ...]]:
+    """Colour and dashes of the i-th series."""
+    return style.SERIES[i % len(style.SERIES)], style.DASHES[i % len(style.DASHES)] or (1, 0)
+
+
+TOPS = {"curves": _curves, "lines": _lines}
