@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 import types
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from v4jax.analysis import study
 from v4jax.analysis.paired import Paired
 
+STUDIES = pathlib.Path(__file__).resolve().parents[2] / "docs" / "studies"
 TOKENS = np.array([10, 10, 5, 20, 10, 15])
 DOCUMENT = np.array([3, 3, 7, 7, 9, 1])
 WINDOWS = types.SimpleNamespace(document=DOCUMENT, mask=TOKENS[:, None])
@@ -171,3 +173,11 @@ def test_arms_of_one_name_are_told_apart_by_the_runs(tmp_path):
         what["seed"] = 0
     losses = study.read(leave(tmp_path, runs), lambda what: what["size"])
     assert list(losses.arms) == ["s0 old", "s0 new", "s1 old", "s1 new"]
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
+def test_the_pages_in_docs_say_what_their_numbers_do(path):
+    report = json.loads(path.read_bytes())
+    assert path.with_suffix(".md").read_text("utf-8") == study.markdown(report)
+    assert report["what"]["missing"] == 0 and report["what"]["seeds"] == [0, 1, 2]
+    assert f"--experiment={path.stem} " in report["command"]
