@@ -104,6 +104,8 @@ def test_a_claim_that_did_not_hold_is_said_to(tmp_path):
         assert not held and ": did not hold: not told apart." in sentence
     assert "2 of 3" in verdicts("again", -0.01, noise=0.02)[0][1]
     assert verdicts("one", -0.01, count=1)[0][1].endswith("; one seed.")
+    for held, sentence in verdicts("equal", 0.0):
+        assert not held and sentence.endswith("which holds 0; below 0 on 0 of 3 seeds."), sentence
 
 
 def test_documents_are_resampled_together_for_all_seeds():

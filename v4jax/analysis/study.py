@@ -150,7 +150,7 @@ def verdict(claim: Claim, found: Mapping[str, Any] | None) -> dict[str, Any]:
         what = "did not hold: not told apart"
     else:
         what = "did not hold: the opposite did"
-    agree = sum((value > 0) == claim.higher for value in each)
+    agree = sum(value > 0 if claim.higher else value < 0 for value in each)
     seeds = f"{word} 0 on {agree} of {len(each)} seeds" if len(each) > 1 else "one seed"
     return {
         "held": held,
