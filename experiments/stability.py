@@ -97,12 +97,12 @@ def report(workdir):
     claims.append(study.Claim("The clamp helps", "plain", "no clamp"))
     title = "A spike, and what is done about it"
     notes = [
-        "Height, after: nats over the level before, of the largest loss and of the largest after the "
-        "disturbed steps. lost_steps were trained again, left_out not applied. active: share of the "
-        "steps with older routes; disagreement: of their choices. clamped: share of SwiGLU's values."
+        "height, after: nats over the level before, of the largest loss and of the largest after "
+        "the disturbed steps. lost_steps were trained again, left_out not applied. active: share "
+        "of the steps with older routes; disagreement: of their choices. clamped: of SwiGLU."
     ]
-    report = study.make_report(losses, title, sections, claims, notes, lines=lines)
-    study.write_report(workdir, report)
+    page = study.make_report(losses, title, sections, claims, notes, lines=lines)
+    study.write_report(workdir, page)
 
 
 if __name__ == "__main__":
