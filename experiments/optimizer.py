@@ -10,7 +10,7 @@ from absl import flags
 
 from v4jax.training import command, recipe
 
-recipe.define(preset="pico", vocab_size=1024, steps=240, batch_size=4, eval_windows=256)
+recipe.define(preset="pico", vocab_size=1024, steps=200, batch_size=4, eval_windows=192)
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 RATES = flags.DEFINE_list("rates", "1.25e-3,2.5e-3,5e-3", "[run] Learning rates of the sweep.")
 SMALL = recipe.TINY | {"seeds": 1, "rates": ["2.5e-3"]}
