@@ -24,7 +24,7 @@ from v4jax.training.command import fraction_or_steps
 
 BITS = 4.25  # of a weight in MXFP4
 recipe.define(
-    preset="pico", vocab_size=1024, steps=500, batch_size=4, eval_windows=256, decay_start=0.72
+    preset="pico", vocab_size=1024, steps=400, batch_size=4, eval_windows=256, decay_start=0.72
 )
 SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 SHARES = flags.DEFINE_list("shares", "5,10,16,28,40", "[fp4] Last percent of the steps in QAT.")
