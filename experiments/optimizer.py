@@ -54,7 +54,12 @@ def report(workdir):
         best.setdefault(arm.split()[0], arm)
     hybrid, five, adamw = (best.get(name, name) for name in ("muon_8_2", "muon_5", "adamw"))
     base = hybrid if hybrid in losses.arms else five
-    notes = [f"Best of {name}: {arm}, {losses.mean(arm):.4f} nats." for name, arm in best.items()]
+    rates = sorted({float(arm.split()[1]) for arm in losses.arms})
+    notes = []
+    for name, arm in best.items():
+        at_edge = float(arm.split()[1]) in (rates[0], rates[-1]) and len(rates) > 1
+        more = " The last of the rates: one beyond may be better." if at_edge else ""
+        notes.append(f"Best of {name}: {arm}, {losses.mean(arm):.4f} nats.{more}")
     claims = [
         study.Claim("Muon with 8 + 2 rows beats Muon with 5", hybrid, five),
         study.Claim("Muon with 8 + 2 rows beats AdamW", hybrid, adamw),
