@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from v4jax.analysis import study
+from v4jax.analysis import study, study_plot
 from v4jax.analysis.paired import Paired
 
 STUDIES = pathlib.Path(__file__).resolve().parents[2] / "docs" / "studies"
@@ -180,6 +180,7 @@ def test_arms_of_one_name_are_told_apart_by_the_runs(tmp_path):
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
 def test_the_pages_in_docs_say_what_their_numbers_do(path):
     report = json.loads(path.read_bytes())
+    assert len(study_plot.draw(report).axes) >= len(report["sections"]) > 0
     assert path.with_suffix(".md").read_text("utf-8") == study.markdown(report)
     assert report["what"]["missing"] == 0 and report["what"]["seeds"] == [0, 1, 2]
     assert f"--experiment={path.stem} " in report["command"]
