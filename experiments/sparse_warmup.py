@@ -43,10 +43,10 @@ def runs():
     return [{"text": text, "seed": seed} for text in texts for seed in range(SEEDS.value)]
 
 
-def configured(config, arm: str):
-    """The configuration of an arm."""
+def configured(config, arm: str, dense: int):
+    """The configuration of an arm. dense: steps before the others are sparse."""
     steps = config.schedule.total_steps
-    dense, short = round(DENSE * steps), max(1, round(0.06 * steps))
+    short = max(1, round(0.06 * steps))
     layers: dict = {"layer_types": (SLIDING, CSA), "mlp_layer_types": ("hash_moe", "moe")}
     layers |= {"num_nextn_predict_layers": 0, "index_topk": TOP_K.value}
     phases = {
@@ -79,7 +79,10 @@ def main():
     end, at = flags.FLAGS.steps, round(DENSE * flags.FLAGS.steps)
     pace = dataclasses.replace(recipe.pace(), keep=(at,))
     for name in ("dense", *CHOSEN.value):
-        trainer, folder = setup.trainer(configured(config, name)), workdir / name.replace(" ", "_")
+        trainer, folder = (
+            setup.trainer(configured(config, name, at)),
+            workdir / name.replace(" ", "_"),
+        )
         branch = Branch(workdir / "dense", at) if name == "no KL" else None
         state = train(trainer, folder, stop=end, branch=branch, pace=pace)
         numbers = study_run.last_metrics(folder, "", ("index_kept_mass",))

@@ -74,10 +74,10 @@ def report(workdir):
 
     losses = study.read(workdir)
     first = losses.runs[0]
-    at, folders = first["shock_at"], {arm: arm.replace(" ", "_") for arm in losses.arms}
+    at, folder = first["shock_at"], workdir / first["run"]
     shown = {
-        arm: disturbance.trace(workdir / first["run"] / name, at - 40, at + 80)
-        for arm, name in folders.items()
+        arm: disturbance.trace(folder / arm.replace(" ", "_"), at - 40, at + 80)
+        for arm in losses.arms
     }
     lines = study.Lines(f"step of {first['run']}", "nats a token", shown)
     others = [arm for arm in losses.arms if arm != "undisturbed"]

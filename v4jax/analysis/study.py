@@ -10,6 +10,7 @@ the report: tables of losses and of paired differences, and claims that the numb
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -201,13 +202,14 @@ def make_report(
                 "numbers": {name: statistics.fmean(v) for name, v in values.items()},
             }
         )
+    measure = functools.cache(functools.partial(difference, losses))  # a claim's is a table's too
     measured = {
-        heading: [found for pair in pairs if (found := difference(losses, pair))]
+        heading: [found for pair in pairs if (found := measure(pair))]
         for heading, pairs in sections.items()
     }
     drawn = {}
     for name, points in (curves.series if curves else {}).items():
-        found = [(x, difference(losses, (arm, base))) for x, arm, base in points]
+        found = [(x, measure((arm, base))) for x, arm, base in points]
         drawn[name] = [[x, d["mean"], d["low"], d["high"]] for x, d in found if d]
     return {
         "name": losses.name,
@@ -216,7 +218,7 @@ def make_report(
         "what": _what(losses),
         "arms": arms,
         "sections": {heading: found for heading, found in measured.items() if found},
-        "claims": [verdict(c, difference(losses, (c.arm, c.reference))) for c in claims],
+        "claims": [verdict(c, measure((c.arm, c.reference))) for c in claims],
         "notes": list(notes),
         "curves": {"x": curves.x, "series": drawn} if curves else None,
         "lines": dataclasses.asdict(lines) if lines else None,

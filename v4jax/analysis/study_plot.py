@@ -19,15 +19,18 @@ WIDE = 10
 def draw(report: Mapping[str, Any]) -> Drawing:
     """A panel for each section, a row for each difference; on top panels of curves and lines."""
     sections = list(report["sections"].items())
-    tops = [(draw, report[name]) for name, draw in TOPS.items() if report[name]]
+    tops = [(top, report[name]) for name, top in TOPS.items() if report[name]]
     heights = [2.4] * len(tops) + [0.75 + 0.2 * len(rows) for _, rows in sections]
     figure = Drawing(6.6, 0.4 + sum(heights))
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     figure.suptitle(report["title"], fontsize=10)
-    for ax, (draw_top, what) in zip(axes, tops, strict=False):
-        draw_top(ax, what)
-    for i, (heading, rows) in enumerate(sections):
-        _forest(axes[i + len(tops)], heading, rows, style.SERIES[i % len(style.SERIES)])
+    upper, lower = axes[: len(tops)], axes[len(tops) :]
+    for ax, (top, what) in zip(upper, tops, strict=True):
+        top(ax, what)
+        ax.set_xlabel(what["x"])
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    for i, (ax, (heading, rows)) in enumerate(zip(lower, sections, strict=True)):
+        _forest(ax, heading, rows, style.SERIES[i % len(style.SERIES)])
     return figure
 
 
@@ -75,18 +78,14 @@ def _curves(axes, curves: Mapping[str, Any]) -> None:
         drawn.lines[0].set_dashes(dashes)
         drawn.set_label(name)
     axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel(curves["x"])
     axes.set_ylabel("millinats a token")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _lines(axes, lines: Mapping[str, Any]) -> None:
     for i, (name, points) in enumerate(lines["series"].items()):
         color, dashes = _look(i)
         axes.plot(*zip(*points, strict=True), color=color, dashes=dashes, linewidth=1.2, label=name)
-    axes.set_xlabel(lines["x"])
     axes.set_ylabel(lines["y"])
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _look(i: int) -> tuple[str, tuple[float, ...]]:

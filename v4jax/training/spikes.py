@@ -24,7 +24,8 @@ from typing import NamedTuple
 @dataclasses.dataclass(frozen=True)
 class SpikeConfig:
     """threshold, suspect: in standard deviations. warmup: losses before the first alarm. cooldown:
-    steps after an alarm without another. Construction raises a ValueError of one line."""
+    steps after an alarm without another, but not where a return skips the data. Construction raises
+    a ValueError of one line."""
 
     threshold: float = 6.0
     suspect: float = 2.5
