@@ -88,6 +88,16 @@ def test_a_report_holds_what_the_runs_left(tmp_path, capsys):
     assert (folder / "report" / "demo.png").stat().st_size > 1000
 
 
+def test_what_is_no_report_is_refused_in_one_line(tmp_path):
+    whole = (STUDIES / "gap.json").read_bytes()
+    for content in (None, b"", whole[: len(whole) // 2], b"[]", b"{}"):
+        if content is not None:
+            (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"^study: .*x.json: cannot be read .*; allowed: .*$"):
+            study.main(str(tmp_path / "x.json"))
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_a_claim_that_did_not_hold_is_said_to(tmp_path):
     def verdicts(name, *arguments, **options):
         (tmp_path / name).mkdir()

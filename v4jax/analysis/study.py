@@ -326,9 +326,15 @@ def _text(value: Any) -> str:
 
 
 def main(path: str) -> None:
-    """Prints the report that stands in a JSON file, and draws its picture beside it."""
-    report = json.loads(pathlib.Path(path).read_bytes())
-    print(markdown(report), end="")
+    """Prints the report that stands in a JSON file, and draws its picture beside it; SystemExit of
+    one line where there is none."""
+    try:
+        report = json.loads(pathlib.Path(path).read_bytes())
+        page = markdown(report)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        allowed = "allowed: the JSON of a study's report, such as docs/studies/gap.json"
+        raise SystemExit(f"study: {path}: cannot be read ({error}); {allowed}") from None
+    print(page, end="")
     study_plot.save(pathlib.Path(path).with_suffix(".png"), report)
 
 
