@@ -5,6 +5,8 @@
 A cell is PRESET:STEPS; its tokens a parameter are of all parameters, embedding and MTP included.
 """
 
+import re
+
 from absl import flags
 
 from v4jax.training import command, recipe
@@ -24,6 +26,9 @@ AFTER_SWITCH = ("qat_start", "scopes", "eval_windows", "log_every")
 
 def runs():
     recipe.shrink(SMALL)
+    for cell in CELLS.value:
+        if not re.fullmatch(r"\w+:\d+", cell):
+            raise ValueError(f"--cells: {cell!r}, allowed: PRESET:STEPS, such as pico:150")
     cells = [cell.split(":") for cell in CELLS.value]
     return [
         {"preset": preset, "steps": steps, "seed": seed}

@@ -252,6 +252,7 @@ def test_a_finished_study_takes_more_runs_by_a_flag_that_grows_it(study, tmp_pat
         ([], ('"word", ""', '"word", "bad"'), 1, "own: report: no losses"),
         ([], ('"runs()"', '"other()"'), 2, "has no function other"),
         (["--sead=3"], ("", ""), 2, "did you mean seed?"),
+        (["--learning_rate=-1"], ("", ""), 2, "launch: flag --learning_rate=-1: -1.0 is not a"),
     ],
 )
 def test_mistakes_in_a_study_end_in_one_line(study, arguments, changed, code, what):

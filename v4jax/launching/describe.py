@@ -73,8 +73,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
                 f"--{name}: both {label} and the launcher have it, and it went to the launcher; "
                 f"to set {label}'s, write --sweep {name}=VALUE"
             )
-    fixed = _given(label, question["fixed"], others)
-    functions = {name: _settings(module, name) for name in question["functions"]}
+    fixed, wrong = _given(label, question["fixed"], others)
+    functions = {name: _settings(module, name, wrong) for name in question["functions"]}
     for name in set(question["swept"]).intersection(fixed):
         raise ValueError(f"--{name}: is in a --sweep too; give it once")
     columns, values = [], []
@@ -111,20 +111,25 @@ def _parse(label: str, arguments: list[str], others: list[str]) -> None:
         raise ValueError(f"{rest[1]}: not a flag; flags are --name=value")
 
 
-def _given(label: str, arguments: list[str], others: list[str]) -> dict[str, list[str]]:
-    """Flag -> its spelling on a command line, for the flags that `arguments` set."""
+def _given(
+    label: str, arguments: list[str], others: list[str]
+) -> tuple[dict[str, list[str]], ValueError | None]:
+    """Flag -> its spelling on a command line, for the flags that `arguments` set; and why they
+    cannot be read, if they cannot."""
+    wrong = None
     try:
         _parse(label, arguments, others)
     except ValueError as error:
         # A flag that is required may be in the sweep; a wrong value ends the first run's parse.
         if not isinstance(error.__cause__, flags.IllegalFlagValueError):
             raise
+        wrong = error
     given = {}
     for name in sorted(FLAGS):
         flag = FLAGS[name]
         if flag.present and flag.name == name:  # not its short name
             given[name] = _spelled(name)
-    return given
+    return given, wrong
 
 
 def _spelled(name: str) -> list[str]:
@@ -139,13 +144,15 @@ def _hint(name: str, names: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _settings(module: ModuleType, name: str) -> list[dict[str, str]]:
-    """What the file's function `name` returns, as text."""
+def _settings(module: ModuleType, name: str, wrong: ValueError | None) -> list[dict[str, str]]:
+    """What the file's function `name` returns, as text. wrong: why it cannot read its flags."""
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--sweep {name}(): the experiment's file has no function {name}")
     try:
         return [{flag: sweep.text(value) for flag, value in row.items()} for row in function()]
+    except flags.UnparsedFlagAccessError as error:
+        raise (wrong or error) from None
     except Exception as error:
         raise ValueError(
             f"--sweep {name}(): a list of dicts flag -> value is needed; {_line(error)}"
