@@ -1,7 +1,9 @@
 """Experiments in this process: each as if it were the first."""
 
 import json
+import logging
 import os
+import re
 import sys
 
 import pytest
@@ -14,7 +16,7 @@ from v4jax.launching.runner import run_plan
 
 EXPERIMENT = """
 import os, pathlib, sys
-from absl import app, flags
+from absl import app, flags, logging
 import beside
 WORKDIR = flags.DEFINE_string("workdir", None, "folder", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "seed")
@@ -23,6 +25,10 @@ OTHER = flags.DEFINE_integer("other", 5, "not swept")
 def main(argv):
     print("seed", SEED.value, "other", OTHER.value, "token", len(os.environ["V4JAX_CLAIM"]))
     print("to stderr", file=sys.stderr)
+    if OTHER.value > 6:
+        logging.set_verbosity(logging.ERROR)
+        logging.warning("too quiet for seed %d", SEED.value)
+        logging.error("seed %d told", SEED.value)
     if SEED.value == 1:
         raise RuntimeError("it broke")
     if SEED.value == 2:
@@ -68,6 +74,22 @@ def test_each_run_has_its_own_flags_log_and_exit_code(tmp_path, experiment):
     assert logs[1].endswith("RuntimeError: it broke\n")
     assert logs[3].endswith("a message\n")
     assert logs[5].startswith("seed 0 other 6")
+
+
+def test_what_it_logs_is_in_its_log_and_the_loggers_are_left_alone(tmp_path, experiment, capfd):
+    def loggers():
+        named = logging.root, logging.getLogger("absl")
+        return [(logger.level, list(logger.handlers)) for logger in named]
+
+    before = loggers()
+    plan = make_plan(experiment, tmp_path / "sweep", [{"other": "7", "seed": s} for s in "67"])
+    assert run(plan) == 0
+    assert loggers() == before
+    assert "told" not in capfd.readouterr().err
+    for seed, one in zip("67", plan.runs, strict=True):
+        log = (one.folder / "launch/attempts/1/log.txt").read_text()
+        assert re.search(rf"^E\d{{4}} .*\] seed {seed} told$", log, re.MULTILINE)
+        assert "too quiet" not in log
 
 
 def test_a_bad_flag_is_the_experiments_own_failure(tmp_path, experiment):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import runpy
 import signal
@@ -45,6 +46,7 @@ class InProcess:
             _environment(folder.environment()),
             _interrupts(),
             _own_flags(),
+            _own_logging(),
         ):
             return Handle(_run(list(folder.command.argv)))
 
@@ -137,3 +139,26 @@ def _own_flags() -> Iterator[None]:
                 delattr(values, name)
         if not parsed:
             values.unparse_flags()
+
+
+@contextlib.contextmanager
+def _own_logging() -> Iterator[None]:
+    """The root logger has absl's handler alone, as in a process of its own, and writes to the run's
+    log; afterwards it and absl's are as they were: `app.run` leaves its handler behind."""
+    from absl import logging as absl_logging
+
+    loggers = logging.root, logging.getLogger("absl")
+    levels = [logger.level for logger in loggers]
+    handlers = list(logging.root.handlers)
+    absl_handler = absl_logging.get_absl_handler()
+    stream = absl_handler.python_handler.stream
+    logging.root.handlers[:] = []
+    absl_logging.use_absl_handler()  # `app.run` does so in the first run only
+    absl_handler.python_handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        absl_handler.python_handler.setStream(stream)
+        logging.root.handlers[:] = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
