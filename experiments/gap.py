@@ -11,8 +11,7 @@ from absl import flags
 
 from v4jax.training import command, recipe
 
-recipe.define(vocab_size=1024, batch_size=4, eval_windows=256)
-SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
+recipe.define_study(vocab_size=1024, batch_size=4, eval_windows=256)
 CELLS = flags.DEFINE_list(
     "cells", "pico:150,pico:400,pico:1000,nano:500", "[run] PRESET:STEPS of the sweep."
 )
@@ -29,12 +28,8 @@ def runs():
     for cell in CELLS.value:
         if not re.fullmatch(r"\w+:\d+", cell):
             raise ValueError(f"--cells: {cell!r}, allowed: PRESET:STEPS, such as pico:150")
-    cells = [cell.split(":") for cell in CELLS.value]
-    return [
-        {"preset": preset, "steps": steps, "seed": seed}
-        for preset, steps in cells
-        for seed in range(SEEDS.value)
-    ]
+    cells = [dict(zip(("preset", "steps"), cell.split(":"), strict=True)) for cell in CELLS.value]
+    return recipe.each_seed(SMALL, *cells)
 
 
 def main():

@@ -10,23 +10,24 @@ from absl import flags
 
 from v4jax.training import command, recipe
 
-recipe.define(preset="pico", vocab_size=1024, steps=200, batch_size=4, eval_windows=192)
-SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
-RATES = flags.DEFINE_list("rates", "1.25e-3,2.5e-3,5e-3", "[run] Learning rates of the sweep.")
+recipe.define_study(preset="pico", vocab_size=1024, steps=200, batch_size=4, eval_windows=192)
+RATES = flags.DEFINE_list(
+    "rates", "1.25e-3,2.5e-3,5e-3,1e-2,2e-2", "[run] Learning rates of the sweep."
+)
 SMALL = recipe.TINY | {"seeds": 1, "rates": ["2.5e-3"]}
 SWEEP = "runs()"
-GROWING = ("seeds",)
+GROWING = ("seeds", "rates")
 
 
 def runs():
     recipe.shrink(SMALL)
     optimizers = [("muon", "hybrid"), ("muon", "five"), ("adamw", "hybrid")]
-    return [
-        {"matrices": matrices, "newton_schulz": rows, "learning_rate": rate, "seed": seed}
+    settings = [
+        {"matrices": matrices, "newton_schulz": rows, "learning_rate": rate}
         for matrices, rows in (optimizers[1:] if flags.FLAGS.quick else optimizers)
         for rate in RATES.value
-        for seed in range(SEEDS.value)
     ]
+    return recipe.each_seed(SMALL, *settings)
 
 
 def main():

@@ -20,11 +20,10 @@ REMEDIES: dict[str, dict] = {
     "rounded at random": {"rounding": "stochastic"},
 }
 ARMS = ("plain", *REMEDIES, "distilled")
-recipe.define(
+recipe.define_study(
     preset="pico", vocab_size=1024, steps=400, batch_size=4, eval_windows=256,
     track_oscillation=True,
 )  # fmt: skip
-SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 CHOSEN = flags.DEFINE_list("arms", list(ARMS), f"[run] Of {', '.join(ARMS)}.")
 SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")
 QAT_START = flags.DEFINE_float("qat_start", 0.5, "[fp4] The switch: fraction, or a step.", 0)
@@ -34,8 +33,7 @@ GROWING = ("seeds",)
 
 
 def runs():
-    recipe.shrink(SMALL)
-    return [{"seed": seed} for seed in range(SEEDS.value)]
+    return recipe.each_seed(SMALL)
 
 
 def configured(config, arm: str):
@@ -54,13 +52,9 @@ def main():
 
     command.check_among("arms", ARMS)
     workdir, setup = recipe.start(), recipe.prepare()
-    config, end, formats = (
-        setup.configure(flags.FLAGS.seed),
-        flags.FLAGS.steps,
-        SCOPES[SCOPE.value],
-    )
-    at = recipe.switch_step()
-    trainer = setup.trainer(config)
+    config = setup.configure(flags.FLAGS.seed)
+    trainer, formats = setup.trainer(config), SCOPES[SCOPE.value]
+    at, end = recipe.switch_step(), flags.FLAGS.steps
     pace = dataclasses.replace(recipe.pace(), keep=(at,))
     train(trainer, workdir / "pretrain", stop=at, pace=pace)
     branch = Branch(workdir / "pretrain", at)
@@ -70,10 +64,8 @@ def main():
         of, folder = configured(config, name), workdir / name.replace(" ", "_")
         how = {"stop": end, "branch": branch, "quantization": formats, "pace": pace}
         state = train(setup.trainer(of), folder, **how)
-        memory = state.memory.get("remedies", {})
-        params = remedies.deployed(
-            of.remedies, state.params, resolve(formats, state.params), memory
-        )
+        rounded, memory = resolve(formats, state.params), state.memory.get("remedies", {})
+        params = remedies.deployed(of.remedies, state.params, rounded, memory)
         numbers = study_run.last_metrics(folder, "fp4/", ("oscillating_often", "flipped"))
         arms[name] = study_run.Arm(state._replace(params=params), formats, numbers=numbers)
     study_run.finish(workdir, setup, trainer, arms)

@@ -23,10 +23,9 @@ from v4jax.training import command, recipe
 from v4jax.training.command import fraction_or_steps
 
 BITS = 4.25  # of a weight in MXFP4
-recipe.define(
+recipe.define_study(
     preset="pico", vocab_size=1024, steps=400, batch_size=4, eval_windows=256, decay_start=0.72
 )
-SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 SHARES = flags.DEFINE_list("shares", "5,10,16,28,40", "[fp4] Last percent of the steps in QAT.")
 SCOPE = flags.DEFINE_enum("scope", "all_linears", ("paper", "all_linears"), "[fp4] What to round.")
 SMALL = recipe.TINY | {"seeds": 1, "shares": ["28"], "scope": "paper"}
@@ -35,8 +34,7 @@ GROWING = ("seeds",)
 
 
 def runs():
-    recipe.shrink(SMALL)
-    return [{"seed": seed} for seed in range(SEEDS.value)]
+    return recipe.each_seed(SMALL)
 
 
 def main():

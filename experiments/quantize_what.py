@@ -22,8 +22,7 @@ MORE = ["everything.mxfp4-16", "everything.mxfp4-64", "indexer.mxfp4-plain", "bo
 GRID = [".".join(x) for x in itertools.product(SCOPES, FORMATS) if x != ("indexer", "nvfp4")]
 TRAIN = ["experts.mxfp4", "indexer.mxfp4", "both.mxfp4", "indexer.mxfp4-plain", *MORE[:2]]
 TRAIN += [name for name in GRID if name.startswith("everything")]
-recipe.define(steps=320, batch_size=4, sequence_length=128, eval_windows=384)
-SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
+recipe.define_study(steps=320, batch_size=4, sequence_length=128, eval_windows=384)
 QAT_START = flags.DEFINE_float("qat_start", 0.75, "[fp4] The switch: fraction, or a step.", 0)
 ROUNDED = flags.DEFINE_list("rounded", GRID + MORE, "[fp4] Arms rounded after training.")
 TRAINED = flags.DEFINE_list("trained", TRAIN, "[fp4] Those of them that are trained in it too.")
@@ -33,8 +32,7 @@ GROWING = ("seeds",)
 
 
 def runs():
-    recipe.shrink(SMALL)
-    return [{"seed": seed} for seed in range(SEEDS.value)]
+    return recipe.each_seed(SMALL)
 
 
 def quantization(arm: str):

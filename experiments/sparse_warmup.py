@@ -25,8 +25,9 @@ from v4jax.training import command, recipe
 
 ARMS = ("no KL", "warm-up", "joint", "from start")
 DENSE = 0.8  # of the steps
-recipe.define(steps=450, tokenizer="bytes", vocab_size=257, eval_windows=384, decay_start=0.88)
-SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
+recipe.define_study(
+    steps=450, tokenizer="bytes", vocab_size=257, eval_windows=384, decay_start=0.88
+)
 TEXT = flags.DEFINE_enum("text", "code", ("code", "task"), "[data] --data, or --task.")
 TASK = flags.DEFINE_string("task", "task:recall", "[data] The generated task.")
 TOP_K = flags.DEFINE_integer("index_topk", 4, "[model] Entries that a query selects.", 1)
@@ -40,7 +41,7 @@ GROWING = ("seeds",)
 def runs():
     recipe.shrink(SMALL)
     texts = ("task",) if flags.FLAGS.quick else ("code", "task")
-    return [{"text": text, "seed": seed} for text in texts for seed in range(SEEDS.value)]
+    return recipe.each_seed(SMALL, *({"text": text} for text in texts))
 
 
 def configured(config, arm: str, dense: int):
@@ -79,19 +80,15 @@ def main():
     end, at = flags.FLAGS.steps, round(DENSE * flags.FLAGS.steps)
     pace = dataclasses.replace(recipe.pace(), keep=(at,))
     for name in ("dense", *CHOSEN.value):
-        trainer, folder = (
-            setup.trainer(configured(config, name, at)),
-            workdir / name.replace(" ", "_"),
-        )
+        trainer = setup.trainer(configured(config, name, at))
+        folder, dense = workdir / name.replace(" ", "_"), name == "dense"
         branch = Branch(workdir / "dense", at) if name == "no KL" else None
         state = train(trainer, folder, stop=end, branch=branch, pace=pace)
         numbers = study_run.last_metrics(folder, "", ("index_kept_mass",))
-        dense = name == "dense"
         if TEXT.value == "task":
             evaluator = Evaluator(trainer.program, setup.windows, 2 * config.batch_size)
-            documents, weights = setup.held_out.documents, (state.params, state.variables)
-            found = recall_task.recalled(evaluator, documents, *weights, dense_index=dense)
-            told = recall_task.summary(found)
+            asked = setup.held_out.documents, state.params, state.variables
+            told = recall_task.summary(recall_task.recalled(evaluator, *asked, dense_index=dense))
             numbers |= {"accuracy": told["accuracy"], "nats an answer": told["nats"]}
         arms[name] = study_run.Arm(state, numbers=numbers, dense_index=dense)
     study_run.finish(workdir, setup, trainer, arms, text=TEXT.value)

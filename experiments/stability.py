@@ -12,11 +12,10 @@ from absl import flags
 
 from v4jax.training import command, recipe
 
-recipe.define(
+recipe.define_study(
     steps=500, batch_size=4, sequence_length=128, eval_windows=768, log_every=1, save_every=20,
     learning_rate=5e-3, decay_start=0.8, delay_steps=8, active_steps=100,
 )  # fmt: skip
-SEEDS = flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 SHOCK_AT = flags.DEFINE_integer("shock_at", 300, "[run] Updates before the disturbed ones.", 1)
 SHOCK_STEPS = flags.DEFINE_integer("shock_steps", 6, "[run] So many are disturbed.", 1)
 ARMS = ("undisturbed", "plain", "no clamp", "skip", "rollback", "anticipate")
@@ -28,8 +27,7 @@ GROWING = ("seeds",)
 
 
 def runs():
-    recipe.shrink(SMALL)
-    return [{"seed": seed} for seed in range(SEEDS.value)]
+    return recipe.each_seed(SMALL)
 
 
 def configured(config, arm: str):

@@ -41,6 +41,18 @@ def define(**own: Any) -> None:
         F.set_default(name, value)
 
 
+def define_study(**own: Any) -> None:
+    """`define`, and --seeds, for an experiment whose sweep is of its own function."""
+    define(**own)
+    flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
+
+
+def each_seed(small: dict[str, Any], *settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a study's sweep: each of `settings` with every seed. small: what --quick sets."""
+    shrink(small)
+    return [one | {"seed": seed} for one in settings or ({},) for seed in range(F.seeds)]
+
+
 def _of_the_run() -> None:
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
     string("workdir", None, "[run] Folder, or gs://BUCKET/PATH.", required=True)
