@@ -70,11 +70,10 @@ def result(trainer, folder):
         return checkpointer.restore(trainer.abstract_state()).state
 
 
-@pytest.mark.parametrize("quantization", [NO_QUANTIZATION, PAPER])
-def test_a_run_is_the_simulation_to_the_last_bit(tmp_path, quantization):
-    trainer = routed(quantization=quantization)
-    state = train(trainer, tmp_path, stop=STEPS, quantization=quantization, pace=PACE)
-    losses, final = simulated(trainer, quantization)
+def test_a_run_is_the_simulation_to_the_last_bit(tmp_path):
+    trainer = routed(quantization=PAPER)
+    state = train(trainer, tmp_path, stop=STEPS, quantization=PAPER, pace=PACE)
+    losses, final = simulated(trainer, PAPER)
     lines = read_metrics(tmp_path)
     assert [line["loss"] for line in lines] == losses
     assert tiny.same_bits(state._replace(memory={}), final._replace(memory={}))
@@ -99,8 +98,9 @@ def test_without_a_delay_it_is_plain_training_bit_for_bit(tmp_path):
     assert lines[FIRST]["routing_disagreement"] == 0
 
 
+@pytest.mark.slow
 def test_older_routes_pass_from_stage_to_stage(tmp_path):
-    """Shorter rows first, and fewer of them: the ring holds batches of every shape."""
+    """Not quantized; shorter rows first, and fewer: the ring holds batches of every shape."""
     schedule = dataclasses.replace(
         tiny.schedule(STEPS), lengths=((0, 16), (5, 32)), batch_sizes=((0, 1), (8, 2))
     )
