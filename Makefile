@@ -21,7 +21,7 @@ SPREAD := -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 - /p' Makefile
 
-demo: venv ## pre-train in BF16, switch to FP4, compare: 12 minutes on two slow cores, result in runs/demo
+demo: venv ## pre-train in BF16, switch to FP4, compare: under ten minutes on two cores, result in runs/demo
 	.venv/bin/python launch.py --experiment=bf16_to_fp4 --workdir=$(WORKDIR) $(ARGS)
 
 # With ARGS one run of all, slow ones too: a selection (ARGS="-k sinkhorn") says what it wants.

@@ -6,6 +6,8 @@ Every optimizer is run at all learning rates, on the same data in the same order
 one whose mean held-out loss over the seeds is lowest. What is no matrix, AdamW moves in all three.
 """
 
+import dataclasses
+
 from absl import flags
 
 from v4jax.training import command, recipe
@@ -50,6 +52,8 @@ def report(workdir):
     from v4jax.analysis import study
 
     losses = study.read(workdir)
+    order = sorted(losses.arms, key=lambda arm: (arm.split()[0], float(arm.split()[1])))
+    losses = dataclasses.replace(losses, numbers={arm: losses.numbers[arm] for arm in order})
     best: dict[str, str] = {}
     for arm in sorted(losses.arms, key=losses.mean):
         best.setdefault(arm.split()[0], arm)
@@ -68,7 +72,7 @@ def report(workdir):
     ]
     pairs = {
         f"Best of each minus {base}": [(arm, base) for arm in best.values() if arm != base],
-        f"All minus {base}": [(arm, base) for arm in losses.arms if arm != base],
+        f"All minus {base}": [(arm, base) for arm in order if arm != base],
     }
     title = "Optimizers at matched tokens"
     study.write_report(workdir, study.make_report(losses, title, pairs, claims, notes))
