@@ -86,6 +86,7 @@ def test_a_run_is_the_simulation_to_the_last_bit(tmp_path):
     assert phases == [(4, "ramp"), (7, "active"), (10, "drain"), (13, "normal")]
 
 
+@pytest.mark.slow
 def test_without_a_delay_it_is_plain_training_bit_for_bit(tmp_path):
     plain, ahead = routed(stability=StabilityConfig()), routed(delay=0)
     states = [

@@ -37,7 +37,9 @@ def outcome(folder: Path, on_spike: str):
         return lines, read_events(folder), checkpointer.restore(abstract)
 
 
-@pytest.fixture(scope="module", params=["anticipate", "rollback"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("anticipate", marks=pytest.mark.slow), "rollback"]
+)
 def undisturbed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     train(recovery_worker.trainer(request.param), folder, stop=STEPS, pace=PACE)
