@@ -24,10 +24,12 @@ help: ## list the targets
 demo: venv ## pre-train in BF16, switch to FP4, compare: under ten minutes on two cores, result in runs/demo
 	.venv/bin/python launch.py --experiment=bf16_to_fp4 --workdir=$(WORKDIR) $(ARGS)
 
+# Most of its time is XLA's, so it compiles with few optimizations. The slow tests, and CI's of the
+# numerics and kernels on a second Python, compile as a user's run does; so do those of ARGS.
 # With ARGS one run of all, slow ones too: a selection (ARGS="-k sinkhorn") says what it wants.
 test: venv ## every test that is fast
 ifeq ($(strip $(ARGS)),)
-	$(PYTEST) $(SPREAD) -m "not slow and not alone"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) $(SPREAD) -m "not slow and not alone"
 else
 	$(PYTEST) $(ARGS)
 endif

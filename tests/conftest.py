@@ -35,7 +35,8 @@ hypothesis.settings.load_profile("v4jax")
 
 LONGEST = (
     "test_processes", "test_resume", "test_meshes", "test_experiment", "test_planted_mistakes",
-    "test_model_against_reference", "test_indexer_recall", "test_benchmark_step", "test_step",
+    "test_going_back", "test_anticipation", "test_model_against_reference", "test_indexer_recall",
+    "test_benchmark_step", "test_step",
 )  # fmt: skip
 """Files that take minutes. They come first: what comes last should leave no worker waiting."""
 

@@ -16,9 +16,10 @@ from v4jax.model import Transformer, abstract_model
 # Compiling is nearly all that a test of a small model costs. These take a half to a quarter of
 # the time and make slower code. JAX before 0.11 generates the code of fused loops by a way that is
 # slower still, unless told not to.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0} | (
-    {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
-)
+QUICK_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+} | ({"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {})
 
 
 def quick_jit(function, **options):

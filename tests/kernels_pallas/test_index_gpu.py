@@ -135,7 +135,15 @@ def rows(size: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 # The last three go through two rounds, the second of them with parts that are not filled.
 @pytest.mark.parametrize(
-    ("size", "top_k"), [(40, 8), (64, 64), (50, 60), (256, 16), (300, 20), (700, 31)]
+    ("size", "top_k"),
+    [
+        (40, 8),
+        pytest.param(64, 64, marks=pytest.mark.slow),
+        pytest.param(50, 60, marks=pytest.mark.slow),
+        pytest.param(256, 16, marks=pytest.mark.slow),
+        (300, 20),
+        (700, 31),
+    ],
 )
 def test_selection(size, top_k, dtype, output, monkeypatch):
     monkeypatch.setattr(select_topk_gpu, "WIDTH", 64)
