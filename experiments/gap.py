@@ -29,7 +29,7 @@ def runs():
         if not re.fullmatch(r"\w+:\d+", cell):
             raise ValueError(f"--cells: {cell!r}, allowed: PRESET:STEPS, such as pico:150")
     cells = [dict(zip(("preset", "steps"), cell.split(":"), strict=True)) for cell in CELLS.value]
-    return recipe.each_seed(SMALL, *cells)
+    return recipe.each_seed(*cells)
 
 
 def main():

@@ -29,7 +29,7 @@ def runs():
         for matrices, rows in (optimizers[1:] if flags.FLAGS.quick else optimizers)
         for rate in RATES.value
     ]
-    return recipe.each_seed(SMALL, *settings)
+    return recipe.each_seed(*settings)
 
 
 def main():
@@ -52,17 +52,18 @@ def report(workdir):
     from v4jax.analysis import study
 
     losses = study.read(workdir)
-    order = sorted(losses.arms, key=lambda arm: (arm.split()[0], float(arm.split()[1])))
+    rates = {arm: float(arm.split()[1]) for arm in losses.arms}
+    order = sorted(rates, key=lambda arm: (arm.split()[0], rates[arm]))
     losses = dataclasses.replace(losses, numbers={arm: losses.numbers[arm] for arm in order})
     best: dict[str, str] = {}
     for arm in sorted(losses.arms, key=losses.mean):
         best.setdefault(arm.split()[0], arm)
     hybrid, five, adamw = (best.get(name, name) for name in ("muon_8_2", "muon_5", "adamw"))
     base = hybrid if hybrid in losses.arms else five
-    rates = sorted({float(arm.split()[1]) for arm in losses.arms})
+    lowest, highest = min(rates.values()), max(rates.values())
     notes = []
     for name, arm in best.items():
-        at_edge = float(arm.split()[1]) in (rates[0], rates[-1]) and len(rates) > 1
+        at_edge = rates[arm] in (lowest, highest) and lowest < highest
         more = " The last of the rates: one beyond may be better." if at_edge else ""
         notes.append(f"Best of {name}: {arm}, {losses.mean(arm):.4f} nats.{more}")
     claims = [

@@ -32,7 +32,8 @@ GROWING = ("seeds",)
 
 
 def runs():
-    return recipe.each_seed(SMALL)
+    recipe.shrink(SMALL)
+    return recipe.each_seed()
 
 
 def quantization(arm: str):

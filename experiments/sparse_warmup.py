@@ -41,7 +41,7 @@ GROWING = ("seeds",)
 def runs():
     recipe.shrink(SMALL)
     texts = ("task",) if flags.FLAGS.quick else ("code", "task")
-    return recipe.each_seed(SMALL, *({"text": text} for text in texts))
+    return recipe.each_seed(*({"text": text} for text in texts))
 
 
 def configured(config, arm: str, dense: int):

@@ -27,7 +27,8 @@ GROWING = ("seeds",)
 
 
 def runs():
-    return recipe.each_seed(SMALL)
+    recipe.shrink(SMALL)
+    return recipe.each_seed()
 
 
 def configured(config, arm: str):

@@ -47,9 +47,8 @@ def define_study(**own: Any) -> None:
     flags.DEFINE_integer("seeds", 3, "[run] The sweep is of so many seeds.", 1)
 
 
-def each_seed(small: dict[str, Any], *settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs of a study's sweep: each of `settings` with every seed. small: what --quick sets."""
-    shrink(small)
+def each_seed(*settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a study's sweep: each of `settings`, or of none, with every seed."""
     return [one | {"seed": seed} for one in settings or ({},) for seed in range(F.seeds)]
 
 
